@@ -1,0 +1,1813 @@
+"""Tests for ollama_proxy: the file itself, then its sections in their order, over real sockets from Wires on.
+
+Streaming is proved with an Event: the upstream sends a part, then waits until the client has it. WAIT is only the
+limit of a stuck test; no passing test uses any of it.
+"""
+
+import ast
+import contextlib
+import doctest
+import email.message
+import gzip
+import http.client
+import json
+import os
+import pathlib
+import re
+import resource
+import shutil
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import ollama_proxy as proxy
+
+HERE = pathlib.Path(proxy.__file__).resolve().parent
+SOURCE = (HERE / "ollama_proxy.py").read_text()
+README = (HERE / "README.md").read_text()
+WAIT = 10
+CHAT = b'{"model": "m:1", "messages": [{"role": "user", "content": "a secret prompt"}]}'
+
+
+# ---- The file itself --------------------------------------------------------
+
+
+def sections():
+    """{title: [top-level nodes]} in file order."""
+    titles = {number: match[1] for number, line in enumerate(SOURCE.splitlines(), 1)
+              for match in [re.match(r"# ---- (.+?) -+$", line)] if match}
+    found = {title: [] for title in titles.values()}
+    for node in ast.parse(SOURCE).body:
+        above = [title for line, title in titles.items() if line < node.lineno]
+        if above:
+            found[above[-1]].append(node)
+    return found
+
+
+def defined(node):
+    if isinstance(node, ast.Assign):
+        return [name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+    return [node.name] if hasattr(node, "name") else []
+
+
+def test_the_examples_in_docstrings_are_true():
+    assert doctest.testmod(proxy).failed == 0
+
+
+def test_the_contents_list_names_the_sections_in_their_order():
+    listed = re.findall(r"^    ([A-Z][A-Za-z ]*?)  +\S", proxy.__doc__.split("Contents", 1)[1], re.M)
+    assert listed == list(sections())
+
+
+def test_section_lines_are_79_wide():
+    assert {len(line) for line in SOURCE.splitlines() if line.startswith("# ---- ")} == {79}
+
+
+def test_sections_use_only_what_stands_above_them():
+    order = list(sections())
+    home = {name: title for title, nodes in sections().items() for node in nodes for name in defined(node)}
+    wrong = [f"{title} uses {leaf.id}" for title, nodes in sections().items() for node in nodes
+             if not isinstance(node, ast.If)
+             for leaf in ast.walk(node) if isinstance(leaf, ast.Name) and isinstance(leaf.ctx, ast.Load)
+             and order.index(home.get(leaf.id, title)) > order.index(title)]
+    assert wrong == []
+
+
+def test_no_function_is_longer_than_40_lines():
+    def length(node):
+        doc = node.body[0] if ast.get_docstring(node) else None
+        return node.end_lineno - node.lineno + 1 - (doc.end_lineno - doc.lineno + 1 if doc else 0)
+    assert [node.name for node in ast.walk(ast.parse(SOURCE))
+            if isinstance(node, ast.FunctionDef) and length(node) > 40] == []
+
+
+def test_only_the_standard_library_is_imported():
+    names = {alias.name for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.ImportFrom)}
+    code = "import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]\n"
+    code += "\n".join(f"import {name}" for name in names)
+    subprocess.run([sys.executable, "-S", "-I", "-c", code], check=True)
+
+
+def test_the_file_is_executable_and_runs_with_uv_and_pipx():
+    assert os.access(HERE / "ollama_proxy.py", os.X_OK)
+    assert SOURCE.startswith("#!/usr/bin/env python3\n# /// script\n# requires-python = \">=3.8\"\n# dependencies = []\n# ///\n")
+
+
+def test_importing_it_does_nothing():
+    code = "import threading, ollama_proxy; assert threading.active_count() == 1; print('quiet')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=str(HERE), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert (done.stdout, done.stderr) == (b"quiet\n", b"")
+
+
+def test_the_readme_lists_every_setting():
+    rows = re.findall(r"^\| `([A-Z_<>]+)` \| (.*?) \| (.*?) \| (.*?) \|$", README, re.M)
+    assert rows == [(s.name, ", ".join(f"`{a}`" for a in s.aliases), f"`{s.default}`" if s.default else "", s.help)
+                    for s in proxy.SETTINGS]
+
+
+def test_every_variable_that_the_readme_speaks_of_exists():
+    known = {name for s in proxy.SETTINGS for name in (s.name,) + s.aliases}
+    spoken = set(re.findall(r"\b(PROXY_[A-Z_]+)\b", README)) - {"PROXY_KEY_", "PROXY_AUTH_TOKEN_FILE"}
+    assert {name for name in spoken if not name.startswith("PROXY_KEY_")} <= known
+
+
+# ---- Settings ---------------------------------------------------------------
+
+
+def load(**environ):
+    return proxy.Settings.load({"PROXY_ENV_FILE": os.devnull, "OLLAMA_API_KEY": "k", **environ})[0]
+
+
+def complaints(**environ):
+    with pytest.raises(proxy.SettingsError) as caught:
+        load(**environ)
+    return str(caught.value)
+
+
+def test_every_bad_value_is_named_at_once_with_what_was_expected():
+    words = complaints(PROXY_PORT="http", PROXY_DRAIN="soon", PROXY_UPSTREAMS="x=ftp://h", PROXY_PUBLIC_MODELS="maybe",
+                       PROXY_MAX_BODY="-1", PROXY_TRUSTED="10.0.0.0/99", PROXY_ORIGINS="app", PROXY_LOG_FORMAT="xml")
+    assert [line.split("=")[0] for line in words.splitlines()] == [
+        "PROXY_PORT", "PROXY_UPSTREAMS", "PROXY_ORIGINS", "PROXY_MAX_BODY", "PROXY_PUBLIC_MODELS", "PROXY_TRUSTED",
+        "PROXY_LOG_FORMAT", "PROXY_DRAIN"]
+    assert all("expected" in line for line in words.splitlines())
+
+
+@pytest.mark.parametrize("url", ["https://u:p@h", "https://h?x=1", "https://h#f", "http://ollama.com", "https://h:0",
+                                 "https://h:99999", "https://", "h:8000", "https://h:", "https://h x", "a b=http://h"])
+def test_an_upstream_url_has_no_secrets_and_no_surprises(url):
+    assert "PROXY_UPSTREAMS" in complaints(PROXY_UPSTREAMS=url)
+
+
+@pytest.mark.parametrize("url, shown", [
+    ("http://127.0.0.1:8000/v1/", "127.0.0.1=http://127.0.0.1:8000"), ("x=https://h/api", "x=https://h"),
+    ("x=https://h/mount/v1", "x=https://h/mount"), ("http://[::1]:80", "--1=http://[::1]"),
+    ("cloud=https://ollama.com", "cloud=https://ollama.com")])
+def test_an_upstream_url_may_end_in_api_or_v1(url, shown):
+    address, = load(PROXY_UPSTREAMS=url).upstreams
+    assert f"{address.name}={address}" == shown
+
+
+@pytest.mark.parametrize("name", ["OLLAMA_API_KEY", "PROXY_AUTH_TOKEN"])
+@pytest.mark.parametrize("value", ["sk-se\ncret", "sk-se cret", "sk-sécret", "sk-se\x00cret"])
+def test_a_secret_that_no_header_can_carry_is_refused_and_not_printed(name, value):
+    words = complaints(**{name: value})
+    assert name in words and "cret" not in words
+
+
+def test_a_secret_is_stripped_of_white_space():
+    assert load(OLLAMA_API_KEY=" sk-1\n").api_key == "sk-1"
+
+
+@pytest.mark.parametrize("environ", [
+    {"OLLAMA_CLOUD_API_KEY": "sk-1"},
+    {"OLLAMA_ORIGIN": "https://ollama.goldfish.io", "AIG_AUTH_TOKEN": "0123abcd"},
+    {"OLLAMA_API_KEY": "sk-1", "PROXY_AUTH_TOKEN": "ein_geheimes_passwort_fuer_lokal"}])
+def test_the_env_files_of_the_older_projects_start_it_unchanged(environ, tmp_path):
+    (tmp_path / "env").write_text("".join(f"{name}={value}\n" for name, value in environ.items()))
+    settings, warnings = proxy.Settings.load({"PROXY_ENV_FILE": str(tmp_path / "env")})
+    assert warnings == []
+    assert settings.api_key == ("" if "OLLAMA_ORIGIN" in environ else "sk-1")
+    assert bool(settings.auth_token) == any("AUTH" in name for name in environ)
+    assert settings.upstreams[0].name == ("origin" if "OLLAMA_ORIGIN" in environ else "cloud")
+
+
+def test_the_environment_wins_over_the_env_file_and_an_empty_value_is_none(tmp_path):
+    (tmp_path / "env").write_text('export PROXY_PORT=1\nPROXY_DRAIN="2" # seconds\nPROXY_PREFIX=\'/x\'\n')
+    settings = load(PROXY_ENV_FILE=str(tmp_path / "env"), PROXY_PORT="5", PROXY_DRAIN="")
+    assert (settings.port, settings.drain, settings.prefix) == (5, 2, "/x")
+
+
+def test_a_bad_line_of_the_env_file_is_named_by_number_only(tmp_path):
+    (tmp_path / "env").write_text("A=1\nsk-secret\n")
+    assert complaints(PROXY_ENV_FILE=str(tmp_path / "env")).endswith("line 2: expected KEY=VALUE")
+
+
+def test_secrets_come_from_files_and_from_systemds_credentials(tmp_path):
+    (tmp_path / "key").write_text("sk-file\n")
+    (tmp_path / "PROXY_AUTH_TOKEN").write_text("ann:t1,\n bob:t2\n")
+    settings = load(OLLAMA_API_KEY="", OLLAMA_API_KEY_FILE=str(tmp_path / "key"), CREDENTIALS_DIRECTORY=str(tmp_path))
+    assert settings.api_key == "sk-file"
+    assert settings.auth_token == (("ann", b"t1"), ("bob", b"t2"))
+
+
+def test_a_secret_file_that_cannot_be_read_is_named():
+    assert "OLLAMA_API_KEY_FILE: cannot read /no/such" in complaints(OLLAMA_API_KEY="", OLLAMA_API_KEY_FILE="/no/such")
+
+
+def test_a_key_goes_to_its_own_upstream_only():
+    settings = load(PROXY_UPSTREAMS="gpu-1=http://10.0.0.1:8000", PROXY_KEY_GPU_1="sk-gpu")
+    assert settings.key(settings.upstreams[0]) == "sk-gpu"
+    settings = load(PROXY_UPSTREAMS="gpu=http://10.0.0.1:8000")
+    assert settings.key(settings.upstreams[0]) == ""
+
+
+def test_without_a_key_for_ollama_com_the_message_says_where_keys_come_from_and_what_runs_without():
+    words = complaints(OLLAMA_API_KEY="")
+    assert "https://ollama.com/settings/keys" in words and "demo" in words
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
+def test_listening_beyond_loopback_without_a_token_is_refused(host):
+    assert "PROXY_AUTH_TOKEN" in complaints(PROXY_HOST=host)
+    assert load(PROXY_HOST=host, PROXY_AUTH_TOKEN="off").auth_token == "off"
+
+
+def test_an_unknown_variable_is_a_warning_that_names_the_nearest():
+    _, warnings = proxy.Settings.load({"OLLAMA_API_KEY": "k", "PROXY_PROT": "1", "PROXY_ENV_FILE": os.devnull})
+    assert warnings == ["PROXY_PROT is not a setting; the nearest is PROXY_PORT"]
+
+
+def test_a_key_that_would_travel_in_clear_to_a_public_host_is_warned_about():
+    environ = {"PROXY_KEY_X": "k", "PROXY_ENV_FILE": os.devnull}
+    warned = {url: bool(proxy.Settings.load({**environ, "PROXY_UPSTREAMS": "x=" + url})[1]) for url in
+              ("http://8.8.8.8", "http://gpu.example.com", "https://8.8.8.8", "http://10.0.0.1", "http://gpu", "http://[::1]")}
+    assert [url for url, shown in warned.items() if shown] == ["http://8.8.8.8", "http://gpu.example.com"]
+
+
+# ---- Heads and paths --------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked, sent", [
+    ("/api/chat", "/api/chat"), ("/v1/models/a%2Fb?x=%20", "/v1/models/a%2Fb?x=%20"), ("/generate", "/api/generate"),
+    ("/chat", "/api/chat"), ("/tags", "/api/tags"), ("/show", "/api/show"), ("/version", "/api/version"),
+    ("/chat/completions", "/v1/chat/completions"), ("/completions", "/v1/completions"), ("/models", "/v1/models"),
+    ("/models/gpt-oss:120b", "/v1/models/gpt-oss:120b"), ("/responses", "/v1/responses"),
+    ("/messages?beta=true", "/v1/messages?beta=true"), ("/api/api/x", "/api/x"), ("/v1/v1/x", "/v1/x"),
+    ("/api/v1/x", "/v1/x"), ("/v1/api/x", "/api/x"), ("//api/x", "/api/x"), ("/v1//models", "/v1/models"),
+    ("/v1/models/", "/v1/models"), ("/tokenize", "/tokenize"), ("/rerank?q=//", "/rerank?q=//"), ("/apis", "/apis"),
+    ("/mount/api/tags", "/api/tags"), ("/mount/t/tok/api/tags", "/api/tags"), ("/t/tok/mount/api/tags", "/api/tags"),
+    ("/mount", "/"), ("/mounted", "/mounted"), ("http://evil.example/api/tags", "/api/tags"), ("http://evil", "/"),
+    ("/blobs/sha256:ab", "/api/blobs/sha256:ab"), ("/api/x?u=../..", "/api/x?u=../.."), ("/api/x..y", "/api/x..y")])
+def test_paths_are_repaired_as_the_design_says(asked, sent):
+    target = proxy.parse_target(asked, "/mount")
+    assert target.path + target.query == sent
+
+
+@pytest.mark.parametrize("asked", ["/api/../x", "/api/%2e%2e/x", "/api/.%2E", "/api/..%2fx", "/api/..;a/x", "/..", "/api/./x",
+                                   "/api/%2e%2e%5cx", "/api\\..\\x", "/t/x/../y"])
+def test_dot_segments_are_refused_however_they_are_spelt(asked):
+    with pytest.raises(proxy.Refused):
+        proxy.parse_target(asked)
+
+
+@pytest.mark.parametrize("asked", ["@evil/", ":9999/", ".evil.com/", "api/tags", "evil:443"])
+def test_a_target_that_is_no_path_is_refused(asked):
+    with pytest.raises(proxy.Malformed):
+        proxy.parse_target(asked)
+
+
+def test_a_token_in_the_path_is_masked_and_decoded():
+    target = proxy.parse_target("/t/s%2Dcret/api/tags")
+    assert (target.token, target.shown) == (b"s-cret", "/t/***/api/tags")
+
+
+BAD_HEADS = [
+    b"GET / HTTP/1.1\r\nHost: a\r\nX : 1\r\n", b"GET / HTTP/1.1\r\nHost: a\r\n: 1\r\n", b"GET / HTTP/1.1\r\nHost: a\r\n b\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\r\nX: a\rb\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nX: a\nb\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nX: \x00\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\r\nX\r\n", b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n", b"GET / HTTP/1.1\r\nHost: a, b\r\n", b"GET / HTTP/1.1\r\nHost: u@h\r\n", b"GET /\r\n",
+    b"GET  / HTTP/1.1\r\nHost: a\r\n", b"GET / HTTP/1.1 \r\nHost: a\r\n", b"GET / http/1.1\r\nHost: a\r\n", b"G(T / HTTP/1.1\r\nHost: a\r\n",
+    b"GET /a b HTTP/1.1\r\nHost: a\r\n", b"GET /\x85 HTTP/1.1\x85\r\nHost: a\r\n", b"GET / HTTP/1.10\r\nHost: a\r\n",
+    b"GET / HTTP/2.0\r\nHost: a\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer a\r\nAuthorization: Bearer b\r\n"]
+BAD_FRAMING = [
+    b"Content-Length: +5", b"Content-Length: -5", b"Content-Length: 5 5", b"Content-Length: 0_5", b"Content-Length: 0x5",
+    b"Content-Length: 5, 5", b"Content-Length:", b"Content-Length: 5\r\nContent-Length: 6", "Content-Length: ٥".encode(),
+    b"Content-Length: 5\r\nTransfer-Encoding: chunked", b"Transfer-Encoding: gzip, chunked", b"Transfer-Encoding: xchunked",
+    b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", b"Transfer-Encoding: chunked, identity", b"Transfer-Encoding:\x0bchunked",
+    b"Content-Length: 9999999999999999999"]
+
+
+@pytest.mark.parametrize("head", BAD_HEADS)
+def test_a_malformed_request_head_is_refused(head):
+    with pytest.raises(proxy.Malformed):
+        proxy.parse_request(head)
+
+
+@pytest.mark.parametrize("line", BAD_FRAMING)
+@pytest.mark.parametrize("start, parse", [(b"POST / HTTP/1.1\r\nHost: a\r\n", proxy.parse_request), (b"HTTP/1.1 200 OK\r\n", proxy.parse_answer)])
+def test_unclear_framing_is_refused_on_both_sides(start, parse, line):
+    with pytest.raises(proxy.Malformed):
+        parse(start + line + b"\r\n").size()
+
+
+def test_equal_content_lengths_and_odd_case_are_understood():
+    head = proxy.parse_request(b"POST / HTTP/1.1\r\nhOsT: a\r\ncontent-LENGTH: 5\r\nContent-Length: 5\r\n")
+    assert (head.size(), head.get("host")) == (5, "a")
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.1 OK\r\n", b"HTTP/2 200 OK\r\n", b"HTTP/1.1 99 x\r\n", b"ICY 200 OK\r\n", b"HTTP/1.1 200 OK\r\nA\r\n"])
+def test_a_malformed_answer_head_is_refused(head):
+    with pytest.raises(proxy.Malformed):
+        proxy.parse_answer(head)
+
+
+@pytest.mark.parametrize("path, body", [
+    ("/api/chat", {"error": "words"}), ("/tokenize", {"error": "words"}),
+    ("/v1/models", {"error": {"message": "words", "type": "authentication_error", "param": None, "code": None}}),
+    ("/v1/messages", {"type": "error", "error": {"type": "authentication_error", "message": "words"}, "request_id": "r"})])
+def test_errors_speak_the_dialect_of_the_path(path, body):
+    assert json.loads(proxy.error_body(path, 401, "words", "r")) == body
+
+
+# ---- Bodies -----------------------------------------------------------------
+
+CHUNKS = b"5\r\nhello\r\n1;ext=\"a\"\r\n!\r\n2\r\n\r\n\r\n0\r\nTrailer: x\r\n\r\nnext"
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 7, 1000])
+def test_a_chunked_body_does_not_depend_on_how_it_arrives(step):
+    decoder, payload, at = proxy.Decoder(proxy.CHUNKED), b"", 0
+    while not decoder.done:
+        payload += decoder.feed(CHUNKS[at:at + step])
+        at += step
+    assert payload == b"hello!\r\n"
+    assert decoder.rest + CHUNKS[at:] == b"next"
+
+
+@pytest.mark.parametrize("filler", [b"x", b"\r\n", b"\r\n0\r\n\r\n", b"a\r\n1\r\nb"])
+def test_many_chunks_at_once_are_the_same_as_one_by_one(filler):
+    pieces = [filler * (n % 150) + b"%d" % n for n in range(1000)]
+    wire = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\nrest"
+    decoder, payload = proxy.Decoder(proxy.CHUNKED), b""
+    for at in range(0, len(wire), 20000):
+        payload += decoder.feed(wire[at:at + 20000])
+    assert (payload, decoder.done, decoder.rest) == (b"".join(pieces), True, b"rest")
+
+
+@pytest.mark.parametrize("wire", [b"0x5\r\nhello\r\n", b"+5\r\nhello\r\n", b"-5\r\n", b" 5\r\n", b"5 \r\nhello\r\n", b"0_5\r\nhello\r\n", b"\r\n",
+                                  b"5\r\nhelloX\r\n0\r\n\r\n", b"5\nhello\n0\n\n", b"5\r\nhello\n0\r\n\r\n", b"f" * 16 + b"\r\n", b"5;\x00\r\n",
+                                  b"0\r\nbad trailer\r\n\r\n", b"0\r\n" + b"a: b\r\n" * 2000, b"5" + b";" * 5000, b"z"])
+def test_a_bad_chunk_is_refused_however_it_arrives(wire):
+    for step in 1, 3, len(wire):
+        decoder = proxy.Decoder(proxy.CHUNKED)
+        with pytest.raises(proxy.Malformed):
+            for at in range(0, len(wire), step):
+                decoder.feed(wire[at:at + step])
+
+
+@pytest.mark.parametrize("body, model", [
+    (b'{"model": "a:1"}', "a:1"), (b' {"x": {"model": "b"}, "model" : "a"}', "a"), (b'{"model": "a", "model": "b"}', "b"),
+    (b'{"model": "\\u00e9"}', "\u00e9"), (b'{"mod\\u0065l": "a"}', "a"), (b'{"model": 5}', None), (b'{"model": {"model": "x"}}', None),
+    (b'{"model": ["x"], "a": "model"}', None), (b'{"a": "\\"model\\": \\"x\\"", "model": "y"}', "y"), (b"[" * 100000, None), (b"", None),
+    (b'["model", "x"]', None), (b'{"model": "a"', "a"), (b"not json", None), (b'{"a": "unterminated \\"', None), (b"\xff\xfe{", None),
+    (b'{"model": "a", "messages": [{"model": "b"}]}', "a")])
+def test_the_model_is_the_last_one_that_the_body_itself_names(body, model):
+    assert proxy.named_model(body) == model
+
+
+@pytest.mark.parametrize("tail, counts", [
+    (b'{"done":true,"context":[1,2],"prompt_eval_count":26,"eval_count":298}\n', (26, 298)),
+    (b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":4,"total_tokens":7}}\n\ndata: [DONE]\n\n', (3, 4)),
+    (b'data: {"type":"message_delta","usage":{"input_tokens": 5,"output_tokens": 6}}\n\nevent: message_stop\n', (5, 6)),
+    (b'data: {"type":"response.completed","response":{"usage":{"input_tokens":7,"output_tokens":8}}}\n\n', (7, 8)),
+    (b'"usage":{"prompt_tokens":8,"total_tokens":8}}', (8, None)), (b'{"response":"\\"eval_count\\":5"}', (None, None)), (b"", (None, None))])
+def test_token_counts_are_read_off_the_end_of_every_dialect(tail, counts):
+    assert proxy.token_counts(tail) == counts
+
+
+# ---- Callers ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line", ["Authorization: Bearer tok", "authorization: bearer   tok", "Authorization: tok", "X-Api-Key: tok",
+                                  "api-key: tok", "cf-aig-authorization: Bearer tok", "Authorization: Basic YW55OnRvaw=="])
+def test_a_credential_may_come_in_any_of_these_headers(line):
+    head = proxy.parse_request(f"GET / HTTP/1.0\r\n{line}\r\n".encode())
+    assert proxy.caller_name((("ann", b"tok"),), proxy.credentials(head, None)) == "ann"
+
+
+@pytest.mark.parametrize("line", ["Authorization: Bearer", "Authorization: Bearer tok2", "Authorization: Basic !", "X-Api-Key: \xe9",
+                                  "Authorization: Bearer t\xf6k", "Cookie: tok"])
+def test_anything_else_is_nobody(line):
+    head = proxy.parse_request(f"GET / HTTP/1.0\r\n{line}\r\n".encode("latin-1"))
+    assert proxy.caller_name((("ann", b"tok"),), proxy.credentials(head, None)) is None
+
+
+def test_forwarded_addresses_are_believed_from_trusted_balancers_only():
+    trusted = proxy.networks("10.0.0.0/8, ::1")
+    assert proxy.client_address("10.0.0.1", "1.2.3.4", trusted) == "1.2.3.4"
+    assert proxy.client_address("8.8.8.8", "1.2.3.4", trusted) == "8.8.8.8"
+    assert proxy.client_address("10.0.0.1", "", trusted) == "10.0.0.1"
+    assert proxy.client_address("10.0.0.1", "1.2.3.4, x'; drop", trusted) == "10.0.0.1"
+
+
+# ---- Scaffolding for real sockets -------------------------------------------
+
+
+def until(condition):
+    """Wait for something that another thread or process is about to do."""
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to pass"
+        threading.Event().wait(0.005)
+
+
+def read_message(sock):
+    """One HTTP message off a socket: (head, body), as they came; the body without its framing."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        piece = sock.recv(65536)
+        if not piece:
+            raise EOFError(data)
+        data += piece
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = re.search(rb"(?im)^content-length: *(\d+)", head)
+    if re.search(rb"(?im)^transfer-encoding: *chunked", head):
+        decoder = proxy.Decoder(proxy.CHUNKED)
+        payload = decoder.feed(body)
+        while not decoder.done:
+            payload += decoder.feed(sock.recv(65536) or b"\x00")
+        return head, payload
+    while length and len(body) < int(length[1]):
+        piece = sock.recv(65536)
+        if not piece:
+            raise EOFError(body)
+        body += piece
+    return head, body
+
+
+class Call:
+    """One request as the scripted upstream saw it."""
+
+    def __init__(self, sock, head):
+        self.sock, self.head, self.body = sock, head, b""
+        self.line, *lines = head.decode("latin-1").split("\r\n")
+        self.method, self.path, _ = self.line.split(" ")
+        self.fields = [tuple(line.split(": ", 1)) for line in lines]
+
+    def all(self, name):
+        return [value for key, value in self.fields if key.lower() == name]
+
+    def send(self, data):
+        self.sock.sendall(data)
+
+    def chunk(self, data):
+        self.send(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def was_left(self):
+        """Wait until the proxy closes the connection."""
+        self.sock.settimeout(WAIT)
+        try:
+            while self.sock.recv(65536):
+                pass
+        except ConnectionError:
+            pass
+        return True
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+class Script:
+    """An upstream on a real socket that plays `play(call)` for each request, and remembers what it saw."""
+
+    def __init__(self, context=None):
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.port = self.listener.getsockname()[1]
+        self.context, self.calls, self.connections, self.play = context, [], 0, lambda call: call.send(OK)
+        self.reads_bodies, self.go_on, self.left = True, threading.Event(), threading.Event()
+        self.sockets = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                sock, _ = self.listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            self.sockets.append(sock)
+            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock):
+        with contextlib.suppress(OSError, EOFError, AssertionError, proxy.Malformed), sock:
+            if self.context:
+                sock = self.context.wrap_socket(sock, server_side=True)
+            while True:
+                if self.reads_bodies:
+                    head, body = read_message(sock)
+                else:
+                    head, body = b"", b""
+                    while not head.endswith(b"\r\n\r\n"):
+                        piece = sock.recv(1)
+                        if not piece:
+                            return
+                        head += piece
+                    head = head[:-4]
+                call = Call(sock, head)
+                call.body = body
+                self.calls.append(call)
+                if self.play(call) == "close":
+                    return
+
+    def wait_left(self, call):
+        """A script's last act: note that the proxy has closed the connection."""
+        if call.was_left():
+            self.left.set()
+
+    def close(self):
+        self.go_on.set()
+        self.listener.close()
+        for sock in self.sockets:
+            sock.close()
+
+
+@pytest.fixture
+def upstream():
+    script = Script()
+    yield script
+    script.close()
+
+
+class Running:
+    """A proxy in this process, with its log."""
+
+    def __init__(self, path, upstream, **environ):
+        self.log_path = path
+        settings = load(PROXY_PORT="0", PROXY_LOG=str(path), **{"PROXY_UPSTREAMS": f"cloud=http://127.0.0.1:{upstream.port}",
+                                                              "OLLAMA_API_KEY": "sk-upstream", **environ})
+        self.log = proxy.Log(settings.log, settings.log_format)
+        self.server = proxy.Server(settings, self.log)
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        self.sockets = []
+
+    def connect(self):
+        sock = socket.create_connection(self.server.server_address[:2], WAIT)
+        self.sockets.append(sock)
+        return sock
+
+    def ask(self, method, path, body=None, version="1.1", sock=None, **headers):
+        """Send a request on a connection (a new one unless given), and return it."""
+        sock = sock or self.connect()
+        lines = {"Host": "localhost", **{name.replace("_", "-"): value for name, value in headers.items()}}
+        if body is not None and "Transfer-Encoding" not in lines:
+            lines.setdefault("Content-Length", str(len(body)))
+        head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+        sock.sendall(f"{method} {path} HTTP/{version}\r\n{head}\r\n".encode("latin-1") + (body or b""))
+        return sock
+
+    def get(self, *args, **kwargs):
+        """Ask, and return (status, headers, body)."""
+        return self.read(self.ask(*args, **kwargs))
+
+    @staticmethod
+    def read(sock):
+        head, body = read_message(sock)
+        line, *lines = head.decode("latin-1").split("\r\n")
+        headers = email.message.Message()
+        for text in lines:
+            name, _, value = text.partition(": ")
+            headers[name] = value
+        return int(line.split(" ")[1]), headers, body
+
+    def lines(self, count=1, **wanted):
+        """The log's lines of requests, when there are so many."""
+        def found():
+            text = self.log_path.read_text() if self.log_path.exists() else ""
+            entries = [json.loads(line) for line in text.splitlines()]
+            return [e for e in entries if "outcome" in e and all(e[k] == v for k, v in wanted.items())]
+        until(lambda: len(found()) >= count)
+        return found()
+
+    def close(self):
+        for sock in self.sockets:
+            sock.close()
+        self.server.shutdown()
+        self.server.server_close()
+        self.server.drain(0)
+
+
+@pytest.fixture
+def serve(upstream, tmp_path):
+    running = []
+
+    def serve(**environ):
+        running.append(Running(tmp_path / f"log{len(running)}", environ.pop("upstream", upstream), **environ))
+        return running[-1]
+
+    yield serve
+    for one in running:
+        one.close()
+
+
+@pytest.fixture
+def server(serve):
+    return serve()
+
+
+# ---- Records ----------------------------------------------------------------
+
+
+def test_the_log_line_has_the_designs_keys_in_order(server, upstream):
+    upstream.play = lambda call: call.send(b'HTTP/1.1 200 OK\r\nContent-Length: 38\r\n\r\n{"prompt_eval_count":1,"eval_count":2}')
+    server.get("POST", "/t/tok/api/chat?secret=1", CHAT, X_Request_Id="abc-1")
+    line, = server.lines()
+    assert list(line) == ("time id caller client method path model upstream status first_byte_ms total_ms bytes_in bytes_out "
+                          "tokens_in tokens_out outcome").split()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
+    fixed = {k: v for k, v in line.items() if not k.endswith("_ms") and k != "time"}
+    assert fixed == {"id": "abc-1", "caller": None, "client": "127.0.0.1", "method": "POST", "path": "/t/***/api/chat", "model": "m:1",
+                     "upstream": "cloud", "status": 200, "bytes_in": len(CHAT), "bytes_out": 38, "tokens_in": 1, "tokens_out": 2,
+                     "outcome": "ok"}
+    assert 0 < line["first_byte_ms"] <= line["total_ms"]
+
+
+def test_no_prompt_answer_token_or_key_is_logged(serve, upstream):
+    server = serve(PROXY_AUTH_TOKEN="ann:client-token")
+    upstream.play = lambda call: call.send(b"HTTP/1.1 401 No\r\nContent-Length: 13\r\n\r\nsecret answer")
+    server.get("POST", "/t/client-token/api/chat?q=hidden", CHAT)
+    server.get("POST", "/api/chat", CHAT, Authorization="Bearer wrong-token")
+    server.lines(2)
+    text = server.log_path.read_text()
+    assert not any(word in text for word in ("secret", "client-token", "wrong-token", "sk-upstream", "hidden"))
+    assert '"caller": "ann"' in text
+
+
+def test_control_characters_cannot_forge_a_line(server):
+    server.get("POST", "/api/chat", b'{"model": "a\\n{\\"outcome\\": \\"ok\\"}\\u001b[2J\\u2028"}')
+    line, = server.lines()
+    assert line["model"] == 'a\n{"outcome": "ok"}\x1b[2J\u2028'
+    text = proxy.text_line({**line, "time": "2026-01-01T00:00:00.000Z"})
+    assert "\n" not in text and "\x1b" not in text and "\u2028" not in text
+
+
+def test_the_own_pages_are_not_logged_as_requests(server):
+    for path in "/", "/-/health", "/healthz", "/-/ready":
+        server.get("GET", path)
+    server.get("GET", "/api/tags")
+    assert [line["path"] for line in server.lines()] == ["/api/tags"]
+
+
+def test_a_broken_log_pipe_stops_no_request(upstream, tmp_path):
+    reader, writer = os.pipe()
+    with running_process(upstream, stderr=writer) as (process, ask):
+        os.close(writer)
+        os.close(reader)
+        assert [ask("GET", "/api/tags").status for _ in range(5)] == [200] * 5
+
+
+def test_a_log_pipe_that_nobody_reads_stops_no_request(upstream, tmp_path):
+    reader, writer = os.pipe()
+    with running_process(upstream, stderr=writer) as (process, ask):
+        path = "/api/" + "x" * 6000
+        assert {ask("GET", path).status for _ in range(40)} == {200}  # the pipe holds 64 KiB
+    os.close(writer)
+    os.close(reader)
+
+
+@pytest.mark.parametrize("tail, outcome", [(b'{"done":true}\n', "ok"), (b'{"error":"out of memory"}\n', "error"),
+                                           (b'data: {"error": {"message": "x"}}\n\n', "error"), (b"event: error\ndata: {}\n\n", "error"),
+                                           (b'{"message":{"content":"{\\"error\\":1}"},"done":true}\n', "ok")])
+def test_an_error_at_the_end_of_a_stream_is_an_error_in_the_log(server, upstream, tail, outcome):
+    def play(call):
+        call.send(STREAM)
+        call.chunk(b'{"done":false}\n')
+        call.chunk(tail)
+        call.send(b"0\r\n\r\n")
+    upstream.play = play
+    assert server.get("POST", "/api/chat", CHAT)[2].endswith(tail)
+    assert server.lines()[0]["outcome"] == outcome
+
+
+# ---- Wires ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tls")
+    if not shutil.which("openssl"):
+        pytest.fail("the tests need the openssl command (Debian: apt-get install openssl)")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+                    "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", str(folder / "key.pem"),
+                    "-out", str(folder / "cert.pem")], check=True, stderr=subprocess.DEVNULL)
+    return folder
+
+
+@pytest.fixture
+def tls_upstream(certificate):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(str(certificate / "cert.pem"), str(certificate / "key.pem"))
+    script = Script(context)
+    yield script
+    script.close()
+
+
+@pytest.fixture
+def trusting(certificate, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate / "cert.pem"))
+    proxy.tls_context.cache_clear()
+    yield
+    proxy.tls_context.cache_clear()
+
+
+def test_tls_is_verified_against_ssl_cert_file_and_one_handshake_serves_many(serve, tls_upstream, trusting):
+    server = serve(PROXY_UPSTREAMS=f"cloud=https://localhost:{tls_upstream.port}")
+    assert [server.get("GET", "/api/tags")[0] for _ in range(3)] == [200] * 3
+    assert tls_upstream.connections == 1
+
+
+def test_a_certificate_that_nobody_vouches_for_is_a_502_that_says_so(serve, tls_upstream):
+    proxy.tls_context.cache_clear()
+    server = serve(PROXY_UPSTREAMS=f"cloud=https://localhost:{tls_upstream.port}")
+    status, _, body = server.get("GET", "/api/tags")
+    assert status == 502 and b"certificate is not trusted" in body and b"SSL_CERT_FILE" in body
+    assert server.lines()[0]["outcome"] == "unreachable"
+
+
+def test_a_stream_over_tls_comes_piece_by_piece(serve, tls_upstream, trusting):
+    streams_piece_by_piece(serve(PROXY_UPSTREAMS=f"cloud=https://localhost:{tls_upstream.port}"), tls_upstream)
+
+
+def test_a_tls_answer_without_length_or_goodbye_is_a_cut(serve, tls_upstream, trusting):
+    def play(call):
+        call.send(b"HTTP/1.1 200 OK\r\n\r\nhalf")
+        socket.socket.shutdown(call.sock, socket.SHUT_RDWR)
+        return "close"
+    tls_upstream.play = play
+    data = drain(serve(PROXY_UPSTREAMS=f"cloud=https://localhost:{tls_upstream.port}").ask("GET", "/x"))
+    assert b"half" in data and not data.endswith(b"0\r\n\r\n")
+
+
+def test_an_https_proxy_is_used_for_remote_https_upstreams_with_its_password(serve, tls_upstream, trusting, monkeypatch):
+    seen = []
+
+    def tunnel():
+        sock, _ = listener.accept()
+        seen.append(read_message(sock)[0])
+        sock.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        with socket.create_connection(("127.0.0.1", tls_upstream.port)) as far:
+            threading.Thread(target=pump, args=(far, sock), daemon=True).start()
+            pump(sock, far)
+
+    def pump(source, sink):
+        with contextlib.suppress(OSError):
+            while True:
+                data = source.recv(65536)
+                if not data:
+                    return
+                sink.sendall(data)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=tunnel, daemon=True).start()
+        monkeypatch.setenv("https_proxy", "http://me:pass@127.0.0.1:%d" % listener.getsockname()[1])
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.setattr(proxy, "is_loopback", lambda host: host in ("127.0.0.1",))
+        server = serve(PROXY_UPSTREAMS=f"cloud=https://localhost:{tls_upstream.port}")
+        assert server.get("GET", "/api/tags")[0] == 200
+    assert seen[0].startswith(b"CONNECT localhost:%d HTTP/1.1\r\n" % tls_upstream.port)
+    assert b"Proxy-Authorization: Basic bWU6cGFzcw==" in seen[0] and b"sk-upstream" not in seen[0]
+
+
+def test_loopback_and_plain_http_upstreams_never_go_through_a_proxy(serve, upstream, monkeypatch):
+    for name in "http_proxy", "https_proxy", "all_proxy":
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert serve().get("GET", "/api/tags")[0] == 200
+
+
+# ---- Upstreams --------------------------------------------------------------
+
+
+class Drained(bytes):
+    """What a socket gave until its end; `reset` says whether that was an RST."""
+
+
+def drain(sock):
+    """Everything until the end of the connection."""
+    data, reset = b"", False
+    while True:
+        try:
+            piece = sock.recv(65536)
+        except ConnectionResetError:
+            piece, reset = b"", True
+        if not piece:
+            drained = Drained(data)
+            drained.reset = reset
+            return drained
+        data += piece
+
+
+def test_connections_are_kept_and_used_again(server, upstream):
+    for _ in range(5):
+        server.get("POST", "/api/chat", CHAT)
+    assert (len(upstream.calls), upstream.connections) == (5, 1)
+
+
+def test_the_key_goes_up_and_no_credential_cookie_or_origin_of_the_client(server, upstream):
+    server.get("GET", "/api/tags", Authorization="Bearer mine", X_Api_Key="mine", Api_Key="mine", Cookie="mine",
+               Cf_Aig_Authorization="Bearer mine", X_Goog_Api_Key="mine", Proxy_Authorization="mine", Origin="http://localhost:1",
+               Referer="http://localhost:1/mine")
+    call, = upstream.calls
+    assert call.all("authorization") == ["Bearer sk-upstream"]
+    assert call.all("host") == [f"127.0.0.1:{upstream.port}"]
+    assert b"mine" not in call.head and b"localhost:1" not in call.head
+
+
+def test_hop_by_hop_headers_and_those_that_connection_names_stop_here(server, upstream):
+    upstream.play = lambda call: call.send(b"HTTP/1.1 200 OK\r\nConnection: x-b, Authorization\r\nKeep-Alive: 5\r\nX-B: 1\r\nX-C: 1\r\n"
+                                           b"Content-Length: 0\r\n\r\n")
+    status, headers, _ = server.get("GET", "/api/tags", Connection="x-a, authorization, x-request-id, host", X_A="1", TE="trailers",
+                                    Upgrade="h2c", Keep_Alive="1", X_D="1")
+    call, = upstream.calls
+    assert not [name for name, _ in call.fields if name.lower() in ("connection", "x-a", "te", "upgrade", "keep-alive")]
+    assert call.all("authorization") == ["Bearer sk-upstream"] and call.all("host") and call.all("x-request-id") and call.all("x-d")
+    assert (headers["X-B"], headers["X-C"], headers["Keep-Alive"]) == (None, "1", None)
+
+
+def test_repeated_headers_survive_both_ways(server, upstream):
+    upstream.play = lambda call: call.send(b"HTTP/1.1 200 OK\r\nLink: a\r\nLink: b\r\nContent-Length: 0\r\n\r\n")
+    sock = server.connect()
+    sock.sendall(b"GET /api/tags HTTP/1.1\r\nHost: localhost\r\nAccept: a\r\nAccept: b\r\n\r\n")
+    assert server.read(sock)[1].get_all("Link") == ["a", "b"]
+    assert upstream.calls[0].all("accept") == ["a", "b"]
+
+
+def test_other_headers_path_and_query_go_up_as_they_came(server, upstream):
+    sent = {"User-Agent": "x/1", "anthropic-version": "2023-06-01", "Traceparent": "00-1", "X-Odd": "a  b", "Content-Type": "text/plain"}
+    server.get("POST", "/v1/audio/transcriptions?a=%20&b=/../", b"x", **sent)
+    call, = upstream.calls
+    assert call.path == "/v1/audio/transcriptions?a=%20&b=/../"
+    assert {name: value for name, value in call.fields if name in sent} == sent
+
+
+@pytest.mark.parametrize("path, encodings", [("/api/chat", ["identity"]), ("/v1/messages", ["identity"]), ("/api/show", ["gzip, br"])])
+def test_only_inference_calls_ask_for_no_compression(server, upstream, path, encodings):
+    server.get("POST", path, CHAT, Accept_Encoding="gzip, br")
+    assert upstream.calls[0].all("accept-encoding") == encodings
+
+
+def test_an_answer_that_comes_compressed_passes_untouched(server, upstream):
+    data = gzip.compress(b'{"eval_count":3}')
+    upstream.play = lambda call: call.send(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+    _, headers, body = server.get("POST", "/api/chat", CHAT)
+    assert (headers["Content-Encoding"], body, server.lines()[0]["tokens_out"]) == ("gzip", data, None)
+
+
+@pytest.mark.parametrize("trusted, forwarded", [("", ("127.0.0.1", "http", "localhost")), ("127.0.0.1", ("6.6.6.6, 127.0.0.1", "https", "pub"))])
+def test_forwarded_headers_are_set_and_believed_from_trusted_peers_only(serve, upstream, trusted, forwarded):
+    server = serve(PROXY_TRUSTED=trusted)
+    server.get("GET", "/api/tags", X_Forwarded_For="6.6.6.6", X_Forwarded_Proto="https", X_Forwarded_Host="pub", Forwarded="for=6.6.6.6",
+               X_Real_Ip="6.6.6.6")
+    call, = upstream.calls
+    assert tuple(call.all(f"x-forwarded-{name}")[0] for name in ("for", "proto", "host")) == forwarded
+    assert not call.all("forwarded") and not call.all("x-real-ip")
+    assert server.lines()[0]["client"] == ("6.6.6.6" if trusted else "127.0.0.1")
+
+
+@pytest.mark.parametrize("scheme_body", ["known", "chunked"])
+@pytest.mark.parametrize("method, path", [("POST", "/api/chat"), ("POST", "/api/blobs/sha256:1"), ("DELETE", "/api/delete"), ("PUT", "/x")])
+def test_bodies_go_up_whole_whatever_their_framing_method_or_type(server, upstream, method, path, scheme_body):
+    data = b"\x28\xb5\x2f\xfd" + bytes(range(256)) * 500
+    if scheme_body == "known":
+        server.get(method, path, data, Content_Encoding="zstd")
+    else:
+        wire = b"".join(b"%x\r\n%b\r\n" % (len(data[at:at + 5000]), data[at:at + 5000]) for at in range(0, len(data), 5000)) + b"0\r\n\r\n"
+        server.get(method, path, wire, Transfer_Encoding="chunked", Content_Encoding="zstd")
+    call, = upstream.calls
+    assert (call.body, call.all("content-encoding")) == (data, ["zstd"])
+    assert server.lines()[0]["bytes_in"] == len(data)
+
+
+def test_100_is_said_only_when_the_body_is_wanted(serve, upstream):
+    server = serve(PROXY_AUTH_TOKEN="tok", PROXY_MAX_BODY="1K")
+    for path, token, length, said in [("/api/chat", "tok", 9, b"HTTP/1.1 100 "), ("/api/blobs/x", "tok", 9999, b"HTTP/1.1 100 "),
+                                      ("/api/chat", "no", 9, b"HTTP/1.1 401 "), ("/api/chat", "tok", 9999, b"HTTP/1.1 413 ")]:
+        sock = server.ask("POST", path, Content_Length=str(length), Expect="100-continue", Authorization=f"Bearer {token}")
+        assert sock.recv(65536).startswith(said)
+        if said == b"HTTP/1.1 100 ":
+            sock.sendall(b"x" * length)
+            assert server.read(sock)[0] == 200
+
+
+def test_any_other_expectation_is_417(server):
+    assert server.get("POST", "/api/chat", CHAT, Expect="200-ok")[0] == 417
+
+
+def test_a_bare_embeddings_path_is_openais_if_the_body_has_input(server, upstream):
+    server.get("POST", "/embeddings", b'{"model": "m", "input": "x"}')
+    server.get("POST", "/embeddings", b'{"model": "m", "prompt": "input"}')
+    assert [call.path for call in upstream.calls] == ["/v1/embeddings", "/api/embeddings"]
+
+
+def test_a_base_with_a_mount_keeps_it(serve, upstream):
+    serve(PROXY_UPSTREAMS=f"x=http://127.0.0.1:{upstream.port}/mount/v1").get("GET", "/v1/models?x=1")
+    assert upstream.calls[0].path == "/mount/v1/models?x=1"
+
+
+def test_a_stale_kept_connection_is_replaced(server, upstream):
+    upstream.play = lambda call: (call.send(OK), "close")[1]
+    for _ in range(3):
+        assert server.get("POST", "/api/chat", CHAT)[0] == 200
+        until(lambda: all(sock.fileno() < 0 for sock in upstream.sockets))
+    assert upstream.connections == 3
+
+
+@pytest.mark.parametrize("method, path, status, calls", [("GET", "/api/tags", 200, 3), ("POST", "/api/chat", 502, 2), ("DELETE", "/api/delete", 502, 2)])
+def test_what_may_have_been_executed_is_not_sent_again(server, upstream, method, path, status, calls):
+    def play(call):
+        if len(upstream.calls) == 2:  # on the kept connection: taken, and no word about it
+            return "close"
+        call.send(OK)
+    upstream.play = play
+    server.get("GET", "/api/tags")
+    assert server.get(method, path, CHAT if method == "POST" else None)[0] == status
+    assert len(upstream.calls) == calls
+
+
+def test_an_upstream_that_cannot_be_reached_is_a_502_in_the_dialect_of_the_path(serve, upstream):
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    server = serve(PROXY_UPSTREAMS=f"gpu=http://127.0.0.1:{port}")
+    status, headers, body = server.get("POST", "/v1/messages", CHAT, Origin="http://localhost")
+    assert status == 502 and json.loads(body)["error"]["type"] == "api_error"
+    assert "upstream gpu cannot be reached: Connection refused" in json.loads(body)["error"]["message"]
+    assert headers["Access-Control-Allow-Origin"] == "http://localhost"
+    assert server.lines()[0]["outcome"] == "unreachable"
+
+
+def test_an_upstream_that_is_silent_too_long_is_a_504(serve, upstream):
+    upstream.play = upstream.wait_left
+    server = serve(PROXY_READ_TIMEOUT="0.2")
+    status, _, body = server.get("POST", "/api/chat", CHAT)
+    assert status == 504 and b"PROXY_READ_TIMEOUT" in body
+    assert server.lines()[0]["outcome"] == "timeout" and upstream.left.wait(WAIT)
+
+
+def test_an_upstream_that_falls_silent_in_its_answer_is_cut(serve, upstream):
+    def play(call):
+        call.send(STREAM)
+        call.chunk(b"half")
+        upstream.wait_left(call)
+    upstream.play = play
+    server = serve(PROXY_READ_TIMEOUT="0.3")
+    assert not drain(server.ask("POST", "/api/chat", CHAT)).endswith(b"0\r\n\r\n")
+    assert server.lines()[0]["outcome"] == "timeout"
+
+
+@pytest.mark.parametrize("head", [
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nA: b\rSet-Cookie: c\r\n\r\n", b"HTTP/1.1 200 OK\r\nA: b\r\n c\r\n\r\n", b"HTTP/1.1 200 OK\nA: b\n\n", b"garbage\r\n\r\n",
+    b"HTTP/1.1 101 Up\r\n\r\n", b"HTTP/1.1 200 OK\r\nA: b", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nA: " + b"b" * 70000 + b"\r\n\r\n", b"HTTP/1.1 200 OK\r\nA: \x00\r\n\r\n", b""])
+def test_an_answer_with_a_malformed_or_contradictory_head_is_a_502(server, upstream, head):
+    upstream.play = lambda call: (call.send(head), "close")[1]
+    status, _, body = server.get("POST", "/api/chat", CHAT)
+    assert status == 502 and "error" in json.loads(body)
+    assert server.lines()[0]["outcome"] == "upstream_lost"
+
+
+def test_a_garbled_answer_on_a_kept_connection_is_not_asked_for_again(server, upstream):
+    upstream.play = lambda call: call.send(OK if len(upstream.calls) < 2 else b"HTTP/1.1 101 Up\r\n\r\n")
+    assert [server.get("GET", "/api/tags")[0] for _ in range(2)] == [200, 502] and len(upstream.calls) == 2
+
+
+def test_1xx_answers_are_skipped(server, upstream):
+    upstream.play = lambda call: call.send(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Hints\r\nLink: x\r\n\r\n" + OK)
+    assert server.get("POST", "/api/chat", CHAT)[::2] == (200, b"{}")
+
+
+def test_redirects_are_passed_on_and_not_followed(server, upstream):
+    location = f"http://127.0.0.1:{upstream.port}/elsewhere"
+    upstream.play = lambda call: call.send(f"HTTP/1.1 307 Moved\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n".encode())
+    status, headers, _ = server.get("POST", "/api/chat", CHAT)
+    assert (status, headers["Location"], len(upstream.calls)) == (307, location, 1)
+
+
+def test_the_key_does_not_come_down_even_if_the_upstream_says_it(server, upstream):
+    body = b'{"error": "bad key sk-upstream"}'
+
+    def play(call):
+        call.send(b"HTTP/1.1 401 No sk-upstream\r\nLocation: /?key=sk-upstream\r\nX-Echo: Bearer sk-upstream\r\nContent-Length: %d\r\n\r\n" % len(body))
+        call.send(body[:20])
+        assert upstream.go_on.wait(WAIT)
+        call.send(body[20:])
+    upstream.play = play
+    sock = server.ask("POST", "/api/chat", CHAT)
+    got = sock.recv(65536)
+    upstream.go_on.set()
+    while not got.endswith(b"}"):
+        got += sock.recv(65536)
+    assert b"sk-upstream" not in got and got.endswith(b"*\"}")
+
+
+def test_what_an_upstream_says_to_browsers_of_itself_stops_here(server, upstream):
+    upstream.play = lambda call: call.send(b"HTTP/1.1 200 OK\r\nSet-Cookie: a=b\r\nAlt-Svc: h3\r\nStrict-Transport-Security: x\r\nVia: 1.1 g\r\n"
+                                           b"Access-Control-Allow-Origin: https://x\r\nDate: d\r\nServer: s\r\nContent-Length: 0\r\n\r\n")
+    _, headers, _ = server.get("GET", "/api/tags")
+    assert not set(map(str.lower, headers)) & {"set-cookie", "alt-svc", "strict-transport-security", "access-control-allow-origin"}
+    assert (headers.get_all("Via"), headers.get_all("Date"), headers.get_all("Server")) == (["1.1 g"], ["d"], ["s"])
+    assert (headers["X-Proxy-Upstream"], headers["X-Accel-Buffering"]) == ("cloud", "no") and headers["X-Request-Id"]
+
+
+def test_the_upstreams_errors_pass_unchanged(server, upstream):
+    upstream.play = lambda call: call.send(b"HTTP/1.1 429 Slow Down\r\nRetry-After: 7\r\nContent-Type: text/plain\r\nContent-Length: 4\r\n\r\nslow")
+    status, headers, body = server.get("POST", "/v1/chat/completions", CHAT)
+    assert (status, headers["Retry-After"], headers["Content-Type"], body) == (429, "7", "text/plain", b"slow")
+    assert server.lines()[0]["outcome"] == "error"
+
+
+def test_an_answer_that_comes_before_the_body_is_whole_is_given_and_the_connection_closes(server, upstream):
+    upstream.reads_bodies = False
+    upstream.play = lambda call: (call.send(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\nbig"), call.was_left())[0]
+    sock = server.ask("POST", "/api/blobs/x", b"some", Content_Length="1000000")
+    assert drain(sock).endswith(b"big")
+
+
+# ---- Carrier ----------------------------------------------------------------
+
+
+def streams_piece_by_piece(server, upstream):
+    def play(call):
+        call.send(STREAM)
+        for piece in b"one\n", b"two\n", b"three\n":
+            call.chunk(piece)
+            assert upstream.go_on.wait(WAIT)
+            upstream.go_on.clear()
+        call.send(b"0\r\n\r\n")
+    upstream.play = play
+    sock, got = server.ask("POST", "/api/chat", CHAT), b""
+    for piece in b"one\n", b"two\n", b"three\n":
+        while not got.endswith(piece + b"\r\n"):
+            got += sock.recv(65536)
+        upstream.go_on.set()
+    while not got.endswith(b"0\r\n\r\n"):
+        got += sock.recv(65536)
+    return sock
+
+
+def test_a_stream_comes_piece_by_piece(server, upstream):
+    sock = streams_piece_by_piece(server, upstream)
+    upstream.play = lambda call: call.send(OK)
+    assert server.get("GET", "/api/tags", sock=sock)[0] == 200
+
+
+def test_the_head_of_an_answer_does_not_wait_for_its_body(server, upstream):
+    upstream.play = lambda call: (call.send(STREAM), upstream.go_on.wait(WAIT), call.send(b"0\r\n\r\n"))[0]
+    sock = server.ask("POST", "/api/chat", CHAT)
+    assert sock.recv(65536).endswith(b"\r\n\r\n")
+    upstream.go_on.set()
+    assert sock.recv(65536) == b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("version, answer, ends, reset", [
+    ("1.1", STREAM + b"4\r\nhalf\r\n", b"half\r\n", False), ("1.1", STREAM + b"9\r\nhalf", b"half\r\n", False),
+    ("1.1", STREAM + b"4\r\nhalf\r\nXX\r\n", b"\r\n\r\n", False),
+    ("1.1", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf", b"half", False), ("1.0", STREAM + b"4\r\nhalf\r\n", b"half", True)])
+def test_an_upstreams_death_in_its_answer_is_a_cut(server, upstream, version, answer, ends, reset):
+    upstream.play = lambda call: (call.send(answer), upstream.go_on.wait(WAIT), "close")[-1]
+    sock = server.ask("POST", "/api/chat", CHAT, version=version)
+    got = b""
+    while b"half" not in got and b"XX" not in answer:
+        got += sock.recv(65536)
+    upstream.go_on.set()
+    rest = drain(sock)
+    assert (got + rest).endswith(ends) and not (got + rest).endswith(b"0\r\n\r\n")
+    assert rest.reset == reset
+    assert server.lines()[0]["outcome"] == "upstream_lost"
+
+
+def test_a_cut_reaches_the_client_after_every_byte_that_came_before_it(server, upstream):
+    data = os.urandom(3_000_000)
+
+    def play(call):
+        call.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9999999\r\n\r\n" + data)
+        return "close"
+    upstream.play = play
+    sock = server.ask("GET", "/x")
+    got = b""
+    with contextlib.suppress(ConnectionResetError):
+        while len(got) < len(data):
+            piece = sock.recv(65536)
+            if not piece:
+                break
+            got += piece
+    assert len(got) > len(data)
+
+
+@pytest.mark.parametrize("answer, method, status, body", [
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", "HEAD", 200, b""), (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", "HEAD", 200, b""),
+    (b"HTTP/1.1 204 None\r\n\r\n", "GET", 204, b""), (b"HTTP/1.1 304 Same\r\nContent-Length: 5\r\n\r\n", "GET", 304, b""),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "GET", 200, b""), (OK, "GET", 200, b"{}"), (STREAM + b"2\r\n{}\r\n0\r\nT: 1\r\n\r\n", "GET", 200, b"{}")])
+def test_the_next_request_finds_the_connection_in_order(server, upstream, answer, method, status, body):
+    upstream.play = lambda call: call.send(answer)
+    sock = server.connect()
+    for _ in range(3):
+        server.ask(method, "/api/tags", sock=sock)
+        if method == "HEAD" or status == 304:
+            head = b""
+            while not head.endswith(b"\r\n\r\n"):
+                head += sock.recv(1)
+            assert head.startswith(b"HTTP/1.1 %d " % status) and (b"Content-Length: 5" in head) == (b": 5" in answer)
+        else:
+            assert server.read(sock)[::2] == (status, body)
+    assert upstream.connections == 1
+
+
+def test_bytes_behind_an_answer_poison_no_connection(server, upstream):
+    upstream.play = lambda call: call.send(OK + b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison")
+    assert [server.get("GET", "/api/tags")[2] for _ in range(3)] == [b"{}"] * 3
+    assert upstream.connections == 3
+
+
+def test_an_http_1_0_client_gets_no_chunks_and_a_close(server, upstream):
+    upstream.play = lambda call: call.send(STREAM + b"5\r\nhello\r\n0\r\n\r\n")
+    data = drain(server.ask("GET", "/api/tags", version="1.0"))
+    assert data.endswith(b"\r\n\r\nhello") and b"chunked" not in data and not data.reset
+
+
+def test_an_http_1_0_client_may_keep_its_connection(server):
+    sock = server.connect()
+    for _ in range(2):
+        status, headers, body = server.get("GET", "/api/tags", version="1.0", sock=sock, Connection="keep-alive")
+        assert (status, headers["Connection"], body) == (200, "keep-alive", b"{}")
+
+
+def test_an_http_1_0_upstream_is_understood(server, upstream):
+    upstream.play = lambda call: (call.send(b"HTTP/1.0 200 OK\r\n\r\nhello"), "close")[1]
+    sock = server.ask("GET", "/api/tags")
+    assert server.read(sock)[2] == b"hello"
+
+
+def test_pipelined_requests_are_answered_in_order(server, upstream):
+    def play(call):
+        call.send(STREAM)
+        call.chunk(call.path.encode())
+        call.send(b"0\r\n\r\n")
+    upstream.play = play
+    sock = server.connect()
+    one = b"GET /x%d HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    sock.sendall(b"".join(one % n for n in range(5)))
+    data = b""
+    while data.count(b"0\r\n\r\n") < 5:
+        data += sock.recv(65536)
+    assert re.findall(rb"/x\d", data) == [b"/x%d" % n for n in range(5)]
+
+
+def test_a_slow_reader_holds_a_bounded_piece_and_slows_nobody(server, upstream):
+    sent = []
+
+    def play(call):
+        if call.path != "/big":
+            return call.send(OK)
+        call.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")
+        call.sock.settimeout(0.5)
+        with contextlib.suppress(socket.timeout, OSError):
+            while True:
+                sent.append(call.sock.send(b"x" * 65536))
+        upstream.go_on.set()
+        return "close"
+    upstream.play = play
+    sock = server.connect()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    server.ask("GET", "/big", sock=sock)
+    assert upstream.go_on.wait(WAIT) and sum(sent) < 30_000_000
+    assert server.get("GET", "/api/tags")[0] == 200
+    held, = [held for held in server.server.carrier._held if isinstance(held, proxy.Exchange)]
+    assert 0 < len(held.out) <= 2 * proxy.PIECE
+
+
+def test_a_client_that_takes_nothing_is_let_go(serve, upstream):
+    def play(call):
+        call.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")
+        with contextlib.suppress(OSError):
+            while True:
+                call.send(b"x" * 65536)
+        upstream.left.set()
+    upstream.play = play
+    server = serve(PROXY_CLIENT_TIMEOUT="0.1")
+    server.ask("GET", "/big")
+    assert upstream.left.wait(WAIT)
+    assert server.lines()[0]["outcome"] == "client_left"
+
+
+# Cancellation, in every phase: the client goes, and the upstream's connection is closed within a second.
+
+
+def leave(sock, abruptly):
+    if abruptly:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+@pytest.fixture(params=["with a FIN", "with an RST"])
+def abruptly(request):
+    return request.param == "with an RST"
+
+
+def leaves(server, upstream, sock, abruptly):
+    began = time.monotonic()
+    leave(sock, abruptly)
+    assert upstream.left.wait(WAIT) and time.monotonic() - began < 1
+    line, = server.lines()
+    assert line["outcome"] == "client_left"
+    return line
+
+
+@pytest.mark.parametrize("body", [CHAT, CHAT[:-1] + b', "stream": false}'])
+def test_a_client_that_leaves_before_the_answer_is_noticed(server, upstream, abruptly, body):
+    upstream.play = upstream.wait_left
+    sock = server.ask("POST", "/api/chat", body)
+    until(lambda: upstream.calls)
+    assert leaves(server, upstream, sock, abruptly)["status"] is None
+
+
+def test_a_client_that_leaves_in_mid_answer_is_noticed(server, upstream, abruptly):
+    def play(call):
+        call.send(STREAM)
+        call.chunk(b"half")
+        upstream.wait_left(call)
+    upstream.play = play
+    sock = server.ask("POST", "/api/chat", CHAT)
+    while b"half" not in sock.recv(65536):
+        pass
+    assert leaves(server, upstream, sock, abruptly)["status"] == 200
+
+
+def test_a_client_that_leaves_while_it_blocks_its_answer_is_noticed(server, upstream, abruptly):
+    def play(call):
+        call.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")
+        with contextlib.suppress(OSError):
+            while True:
+                call.send(b"x" * 65536)
+        upstream.left.set()
+    upstream.play = play
+    sock = server.ask("GET", "/big")
+    until(lambda: any(isinstance(held, proxy.Exchange) and held.blocked for held in [*server.server.carrier._held]))
+    leaves(server, upstream, sock, abruptly)
+
+
+def test_a_client_that_leaves_within_its_body_is_noticed(server, upstream, abruptly):
+    upstream.reads_bodies = False
+    upstream.play = upstream.wait_left
+    sock = server.ask("POST", "/api/blobs/x", b"some", Content_Length="1000")
+    until(lambda: upstream.calls)
+    leaves(server, upstream, sock, abruptly)
+
+
+def test_a_client_that_leaves_while_the_upstream_does_not_take_its_body_is_noticed(server, upstream, abruptly):
+    gone = threading.Event()
+
+    def play(call):
+        assert gone.wait(WAIT)
+        upstream.wait_left(call)
+    upstream.reads_bodies, upstream.play = False, play
+    sock = server.ask("POST", "/api/blobs/x", Content_Length="100000000")
+    sock.settimeout(0.3)
+    with contextlib.suppress(socket.timeout, OSError):
+        while True:
+            sock.send(b"x" * 65536)
+    threading.Timer(0.1, gone.set).start()
+    leaves(server, upstream, sock, abruptly)
+
+
+def test_a_client_that_leaves_while_it_pipelines_is_noticed(server, upstream):
+    upstream.play = upstream.wait_left
+    sock = server.ask("POST", "/api/chat", CHAT)
+    sock.sendall(b"GET /next HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    until(lambda: upstream.calls)
+    leaves(server, upstream, sock, False)
+
+
+def test_a_client_that_leaves_during_the_handshake_is_noticed(serve, upstream, abruptly):
+    silent = socket.create_server(("127.0.0.1", 0))
+    with silent:
+        server = serve(PROXY_UPSTREAMS=f"cloud=https://127.0.0.1:{silent.getsockname()[1]}")
+        sock = server.ask("POST", "/api/chat", CHAT)
+        far, _ = silent.accept()
+        assert far.recv(5)  # the ClientHello: it shakes hands, and nobody answers
+        threading.Thread(target=lambda: (Call.was_left(argparse_free(far)), upstream.left.set()), daemon=True).start()
+        leaves(server, upstream, sock, abruptly)
+
+
+def argparse_free(sock):
+    """A Call without a request, for its was_left()."""
+    call = Call.__new__(Call)
+    call.sock = sock
+    return call
+
+
+def test_a_client_that_leaves_while_the_upstream_does_not_accept_is_noticed(serve, upstream, abruptly):
+    full = socket.socket()
+    full.bind(("127.0.0.1", 0))
+    full.listen(0)
+    fillers = [socket.socket() for _ in range(4)]
+    for filler in fillers:
+        filler.setblocking(False)
+        filler.connect_ex(full.getsockname())
+    server = serve(PROXY_UPSTREAMS=f"cloud=http://127.0.0.1:{full.getsockname()[1]}")
+    sock = server.ask("POST", "/api/chat", CHAT)
+    until(lambda: server.server.clients and not server.server.workers._idle)
+    began = time.monotonic()
+    leave(sock, abruptly)
+    assert server.lines()[0]["outcome"] == "client_left" and time.monotonic() - began < 1
+    for one in [full, *fillers]:
+        one.close()
+
+
+def test_connecting_too_long_is_a_502_that_names_the_limit(serve, upstream):
+    silent = socket.create_server(("127.0.0.1", 0))
+    with silent:
+        server = serve(PROXY_UPSTREAMS=f"cloud=https://127.0.0.1:{silent.getsockname()[1]}", PROXY_CONNECT_TIMEOUT="0.2")
+        status, _, body = server.get("POST", "/api/chat", CHAT)
+    assert status == 502 and b"no connection within 0.2 seconds" in body
+
+
+# ---- Handler ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", BAD_HEADS)
+def test_a_malformed_request_is_answered_and_the_connection_closed(server, upstream, head):
+    sock = server.connect()
+    sock.sendall(head + b"\r\nGET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    data = drain(sock)
+    assert re.match(rb"HTTP/1.1 (400|505) ", data) and data.count(b"HTTP/1.1 ") == 1 and b"Connection: close" in data
+    assert upstream.calls == []
+
+
+@pytest.mark.parametrize("line", BAD_FRAMING)
+def test_a_request_of_unclear_length_is_answered_and_the_connection_closed(server, upstream, line):
+    sock = server.connect()
+    sock.sendall(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\n" + line + b"\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    data = drain(sock)
+    assert re.match(rb"HTTP/1.1 (400|501) ", data) and data.count(b"HTTP/1.1 ") == 1
+    assert upstream.calls == []
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/api/blobs/x"])
+@pytest.mark.parametrize("chunks", [b"0x5\r\nhello\r\n", b"5\r\nhelloX\r\n", b"5\nhello\r\n", b"-1\r\n"])
+def test_bad_chunks_are_a_400_and_never_a_request(server, upstream, path, chunks):
+    sock = server.ask("POST", path, Transfer_Encoding="chunked")
+    sock.sendall(chunks + b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    data = drain(sock)
+    assert data.startswith(b"HTTP/1.1 400 ") and data.count(b"HTTP/1.1 ") == 1
+    assert [call.path for call in upstream.calls if "smuggled" in call.path] == []
+
+
+@pytest.mark.parametrize("method, path, headers, status", [
+    ("POST", "/api/chat", {}, 401), ("POST", "/-/nothing", {}, 404), ("OPTIONS", "/api/chat", {}, 204), ("POST", "/-/health", {}, 405),
+    ("CONNECT", "evil:443", {}, 405), ("TRACE", "/", {}, 405)])
+def test_a_body_that_nobody_read_never_becomes_a_request(serve, upstream, method, path, headers, status):
+    server = serve(PROXY_AUTH_TOKEN="tok")
+    smuggled = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer tok\r\n\r\n"
+    for more in 0, 5:
+        sock = server.ask(method, path, smuggled, Content_Length=str(len(smuggled) + more), **headers)
+        assert server.read(sock)[0] == status
+        sock.sendall(b"x" * more)
+    assert upstream.calls == []
+
+
+def test_an_error_can_be_read_although_the_client_is_still_sending(serve):
+    server = serve(PROXY_AUTH_TOKEN="tok")
+    sock = server.ask("POST", "/api/chat", Content_Length="3000000")
+    with contextlib.suppress(OSError):
+        sock.sendall(b"x" * 3_000_000)
+    assert server.read(sock)[0] == 401
+
+
+def test_a_head_that_ends_in_its_middle_is_dropped(server, upstream):
+    sock = server.connect()
+    sock.sendall(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Len")
+    sock.shutdown(socket.SHUT_WR)
+    assert drain(sock) == b"" and upstream.calls == []
+
+
+def test_a_head_beyond_64_kib_is_a_431(server):
+    sock = server.connect()
+    sock.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 66000)
+    assert drain(sock).startswith(b"HTTP/1.1 431 ")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_held_body_beyond_the_limit_is_a_413_and_a_blob_is_not(serve, chunked):
+    server = serve(PROXY_MAX_BODY="1K")
+    framing = {"Transfer_Encoding": "chunked"} if chunked else {}
+    body = b"7d0\r\n" + b"x" * 2000 + b"\r\n0\r\n\r\n" if chunked else b"x" * 2000
+    status, _, answer = server.get("POST", "/v1/chat/completions", body, **framing)
+    assert status == 413 and "PROXY_MAX_BODY" in json.loads(answer)["error"]["message"]
+    assert server.get("POST", "/api/blobs/x", body, **framing)[0] == 200
+
+
+def test_a_head_that_drips_is_a_408_however_slowly_it_drips(serve):
+    server = serve(PROXY_CLIENT_TIMEOUT="0.4")
+    sock, stop = server.connect(), threading.Event()
+    sock.sendall(b"GET /")
+
+    def drip():
+        while not stop.wait(0.05):
+            with contextlib.suppress(OSError):
+                sock.send(b"x")
+    threading.Thread(target=drip, daemon=True).start()
+    began = time.monotonic()
+    head, _ = read_message(sock)
+    stop.set()
+    assert head.startswith(b"HTTP/1.1 408 ") and time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/api/blobs/x"])
+def test_a_body_that_drips_is_a_408_however_slowly_it_drips(serve, path):
+    server = serve(PROXY_CLIENT_TIMEOUT="0.4")
+    sock, stop = server.ask("POST", path, Content_Length="100000"), threading.Event()
+
+    def drip():
+        while not stop.wait(0.05):
+            with contextlib.suppress(OSError):
+                sock.send(b"x")
+    threading.Thread(target=drip, daemon=True).start()
+    head, _ = read_message(sock)
+    stop.set()
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert server.lines()[0]["outcome"] == "refused"
+
+
+def test_idle_clients_are_closed_kept_ones_later(serve):
+    server = serve(PROXY_CLIENT_TIMEOUT="0.2")
+    fresh, kept = server.connect(), server.connect()
+    server.get("GET", "/", sock=kept)
+    began = time.monotonic()
+    assert drain(fresh) == b""
+    between = time.monotonic()
+    assert drain(kept) == b"" and between - began < time.monotonic() - began < 5
+
+
+def test_the_token_is_asked_for_in_the_dialect_of_the_path(serve, upstream):
+    server = serve(PROXY_AUTH_TOKEN="ann:tok")
+    for headers in {}, {"Authorization": "Bearer wrong"}:
+        status, answer, body = server.get("POST", "/v1/messages", CHAT, **headers)
+        assert (status, answer["WWW-Authenticate"]) == (401, "Bearer")
+        assert json.loads(body)["error"]["type"] == "authentication_error"
+    for headers in {"X_Api_Key": "tok"}, {"Authorization": "tok", "Api_Key": "placeholder"}:
+        assert server.get("POST", "/v1/messages", CHAT, **headers)[0] == 200
+    assert server.get("POST", "/t/tok/v1/messages", CHAT, Authorization="Bearer ollama")[0] == 200
+    assert [line["caller"] for line in server.lines(5)] == [None, None, "ann", "ann", "ann"]
+
+
+@pytest.mark.parametrize("public, statuses", [("off", [401, 401, 401]), ("on", [200, 200, 200])])
+def test_model_lists_may_be_public(serve, public, statuses):
+    server = serve(PROXY_AUTH_TOKEN="tok", PROXY_PUBLIC_MODELS=public)
+    asked = [("GET", "/api/tags"), ("GET", "/models"), ("POST", "/api/show")]
+    assert [server.get(method, path, b"{}" if method == "POST" else None, Authorization="Bearer ")[0] for method, path in asked] == statuses
+    assert server.get("POST", "/api/chat", CHAT)[0] == server.get("DELETE", "/api/tags")[0] == 401
+
+
+def test_the_root_and_the_version_are_open_to_all(serve, upstream):
+    server = serve(PROXY_AUTH_TOKEN="tok", PROXY_PREFIX="/api/ollama-proxy")
+    upstream.play = lambda call: call.send(b'HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n{"version": "0.40.1"}'[:-1])
+    for path in "/", "/api/ollama-proxy", "/api/ollama-proxy/":
+        assert server.get("GET", path)[::2] == (200, b"Ollama is running")
+    assert server.get("GET", "/api/version")[0] == 200
+
+
+@pytest.mark.parametrize("play", [lambda call: call.send(b"HTTP/1.1 404 No\r\nContent-Length: 2\r\n\r\nno"), lambda call: "close"])
+def test_a_version_is_said_where_the_upstream_has_none(server, upstream, play):
+    upstream.play = play
+    status, _, body = server.get("GET", "//api/version")
+    assert status == 200 and re.fullmatch(r"0\.\d+\.\d+", json.loads(body)["version"])
+
+
+@pytest.mark.parametrize("host, status", [("localhost:1", 200), ("127.0.0.1", 200), ("[::1]:1", 200), ("evil.example", 403), ("10.0.0.1", 403)])
+def test_without_a_token_only_loopback_hosts_are_served(server, host, status):
+    assert server.get("GET", "/api/tags", Host=host)[0] == status
+
+
+@pytest.mark.parametrize("origin, status", [("http://localhost:3000", 200), ("app://x", 200), ("vscode-webview://x", 200), ("https://evil.example", 403),
+                                            ("null", 403), ("http://localhost.evil.example", 403), ("https://good.example", 200)])
+def test_without_a_token_only_loopback_app_and_listed_origins_are_served(serve, upstream, origin, status):
+    server = serve(PROXY_ORIGINS="https://*.example.org, https://good.example")
+    got, headers, _ = server.get("POST", "/api/chat", CHAT, Origin=origin)
+    assert got == status and len(upstream.calls) == (status == 200)
+    assert (headers["Access-Control-Allow-Origin"], "Origin" in headers["Vary"]) == (origin if status == 200 else None, True)
+
+
+def test_without_a_token_other_sites_pages_may_not_even_get(server):
+    assert server.get("GET", "/api/tags", Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="no-cors")[0] == 403
+
+
+def test_with_tokens_every_origin_may_ask_and_errors_can_be_read(serve):
+    server = serve(PROXY_AUTH_TOKEN="tok")
+    for headers, status in ({}, 401), ({"Authorization": "Bearer tok"}, 200):
+        got, answer, _ = server.get("GET", "/api/tags", Host="public.example", Origin="https://any.example", **headers)
+        assert (got, answer.get_all("Access-Control-Allow-Origin")) == (status, ["*"])
+        assert "Access-Control-Allow-Credentials" not in answer
+
+
+def test_a_preflight_is_answered_here_without_a_token(serve, upstream):
+    server = serve(PROXY_AUTH_TOKEN="tok")
+    status, headers, _ = server.get("OPTIONS", "/v1/chat/completions", Origin="https://any.example", Access_Control_Request_Method="POST",
+                                    Access_Control_Request_Headers="authorization,x-stainless-os", Access_Control_Request_Private_Network="true")
+    assert status == 204 and upstream.calls == []
+    assert (headers["Access-Control-Allow-Headers"], headers["Access-Control-Allow-Origin"]) == ("authorization,x-stainless-os", "*")
+    assert headers["Access-Control-Allow-Methods"] == "POST" and headers["Access-Control-Allow-Private-Network"] == "true"
+    assert int(headers["Access-Control-Max-Age"]) > 0 and headers["Content-Length"] is None
+    assert server.get("OPTIONS", "*")[0] == 204
+
+
+def test_every_answer_has_the_clients_request_id_if_it_is_sane(server, upstream):
+    assert server.get("GET", "/api/tags", X_Request_Id="a.b-1")[1]["X-Request-Id"] == "a.b-1"
+    assert upstream.calls[0].all("x-request-id") == ["a.b-1"]
+    for path in "/", "/api/tags", "/-/x":
+        assert re.fullmatch("[0-9a-f]{16}", server.get("GET", path, X_Request_Id="a b")[1]["X-Request-Id"])
+
+
+def test_ready_knows_whether_the_upstream_can_be_reached_without_asking_it_anything(serve, upstream):
+    server = serve()
+    assert [server.get("GET", path)[0] for path in ("/-/ready", "/readyz", "/-/health", "/healthz")] == [200] * 4
+    assert upstream.calls == [] and upstream.connections == 1
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    lonely = serve(PROXY_UPSTREAMS=f"cloud=http://127.0.0.1:{port}")
+    assert [lonely.get("GET", path)[0] for path in ("/-/ready", "/readyz", "/-/health")] == [503, 503, 200]
+
+
+# ---- Server -----------------------------------------------------------------
+
+
+def test_one_client_too_many_gets_a_clean_503(serve):
+    server = serve(PROXY_MAX_CONNECTIONS="2")
+    kept = [server.connect() for _ in range(2)]
+    assert [server.get("GET", "/", sock=sock)[0] for sock in kept] == [200, 200]
+    for _ in range(3):
+        status, headers, body = server.get("GET", "/api/tags")
+        assert (status, headers["Retry-After"], headers["Connection"]) == (503, "1", "close") and "error" in json.loads(body)
+    kept.pop().close()
+    until(lambda: server.get("GET", "/")[0] == 200)
+
+
+def test_nothing_leaks_after_a_thousand_aborted_requests(server, upstream):
+    def play(call):
+        call.send(STREAM)
+        call.chunk(b"half")
+        call.was_left()
+    upstream.play = play
+    for n in range(1000):
+        sock = server.ask("POST", "/api/chat", CHAT if n % 2 else CHAT[:20], Content_Length=str(len(CHAT)))
+        leave(sock, n % 3 == 0)
+    until(lambda: not server.server.clients)
+    until(lambda: sum(thread.name == "worker" for thread in threading.enumerate()) < 5)
+    carrier = server.server.carrier
+    until(lambda: len(carrier._held) == 1 and len(carrier._selector.get_map()) == 1)
+
+
+def test_a_large_upload_takes_no_memory(upstream):
+    upstream.reads_bodies = False
+    size = 300_000_000
+
+    def play(call):
+        left = size
+        while left:
+            left -= len(call.sock.recv(min(left, 1 << 20)))
+        call.send(OK)
+    upstream.play = play
+    with running_process(upstream) as (process, ask):
+        def peak():
+            return int(re.search(r"VmHWM:\s+(\d+)", open(f"/proc/{process.pid}/status").read())[1])
+        ask("GET", "/")
+        before = peak()
+        sock = socket.create_connection(("127.0.0.1", process.port), WAIT)
+        sock.sendall(b"POST /api/blobs/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % size)
+        piece = bytes(1 << 20)
+        for at in range(0, size, len(piece)):
+            sock.sendall(piece[:size - at])
+        assert read_message(sock)[0].startswith(b"HTTP/1.1 200")
+        assert peak() - before < 10_000
+        sock.close()
+
+
+def test_out_of_descriptors_it_pauses_instead_of_spinning(upstream):
+    with running_process(upstream, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))) as (process, ask):
+        def cpu():
+            return sum(map(int, open(f"/proc/{process.pid}/stat").read().rsplit(") ", 1)[1].split()[11:13]))
+        crowd = [socket.create_connection(("127.0.0.1", process.port)) for _ in range(60)]
+        before = cpu()
+        threading.Event().wait(0.5)
+        assert cpu() - before < 25  # hundredths of a second
+        for sock in crowd:
+            sock.close()
+        until(lambda: ask("GET", "/api/tags").status == 200)
+
+
+class Process:
+    """What a test needs of a proxy in a process of its own."""
+
+
+@contextlib.contextmanager
+def running_process(upstream, stderr=subprocess.DEVNULL, preexec_fn=None, cwd=None, port="0", arguments=(), **environ):
+    """Yield (process, ask) of a proxy that serves; `process.port` is its port."""
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    base = {"PATH": os.environ["PATH"], "OLLAMA_API_KEY": "sk-upstream", "PROXY_PORT": str(port), "PYTHONDONTWRITEBYTECODE": "1"}
+    if upstream:
+        base["PROXY_UPSTREAMS"] = f"cloud=http://127.0.0.1:{upstream.port}"
+    process = subprocess.Popen([sys.executable, str(HERE / "ollama_proxy.py"), *arguments], env={**base, **environ}, stderr=stderr,
+                               stdout=subprocess.DEVNULL, preexec_fn=preexec_fn, cwd=cwd or "/")
+    process.port = port
+
+    def ask(method, path, body=None, **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)
+        connection.request(method, path, body, headers)
+        return connection.getresponse()
+
+    def serves():
+        assert process.poll() is None, "it ended at once"
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return True
+    try:
+        until(serves)
+        yield process, ask
+    finally:
+        process.kill()
+        process.wait()
+
+
+def held_stream(upstream, ask):
+    """A stream in progress: (response, its first piece read)."""
+    def play(call):
+        call.send(STREAM)
+        call.chunk(b"first\n")
+        if upstream.go_on.wait(WAIT):
+            with contextlib.suppress(OSError):
+                call.chunk(b"last\n")
+                call.send(b"0\r\n\r\n")
+    upstream.play = play
+    response = ask("POST", "/api/chat", CHAT)
+    assert response.readline() == b"first\n"
+    return response
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_listening_lets_streams_end_and_exits_0(upstream, number):
+    with running_process(upstream) as (process, ask):
+        response = held_stream(upstream, ask)
+        idle = socket.create_connection(("127.0.0.1", process.port))
+        process.send_signal(number)
+        assert idle.recv(1) == b""  # who waits for nothing is let go
+        until(lambda: refuses(process.port))
+        assert process.poll() is None
+        upstream.go_on.set()
+        assert response.read() == b"last\n"
+        assert process.wait(WAIT) == 0
+
+
+def refuses(port):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return False
+    return True
+
+
+def test_after_the_drain_what_is_left_is_cut_visibly_and_logged(upstream, tmp_path):
+    with running_process(upstream, PROXY_DRAIN="0.2", PROXY_LOG=str(tmp_path / "log")) as (process, ask):
+        response = held_stream(upstream, ask)
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+            response.read()
+        assert process.wait(WAIT) == 0
+    assert '"outcome": "stopped"' in (tmp_path / "log").read_text()
+
+
+def test_a_request_without_an_answer_gets_a_503_at_the_end_of_the_drain(upstream):
+    upstream.play = upstream.wait_left
+    with running_process(upstream, PROXY_DRAIN="0.2") as (process, ask):
+        sock = socket.create_connection(("127.0.0.1", process.port), WAIT)
+        sock.sendall(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(CHAT) + CHAT)
+        until(lambda: upstream.calls)
+        process.send_signal(signal.SIGTERM)
+        assert read_message(sock)[0].startswith(b"HTTP/1.1 503 ")
+        assert process.wait(WAIT) == 0
+
+
+def test_a_second_signal_ends_at_once(upstream):
+    with running_process(upstream) as (process, ask):
+        held_stream(upstream, ask)
+        process.send_signal(signal.SIGINT)
+        until(lambda: refuses(process.port))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(WAIT) == 130
+
+
+def test_sighup_reads_the_settings_again_without_dropping_a_stream(upstream, tmp_path):
+    (tmp_path / ".env").write_text("PROXY_AUTH_TOKEN=old\n")
+    log = tmp_path / "log"
+    with running_process(upstream, cwd=str(tmp_path), PROXY_LOG=str(log)) as (process, ask):
+        response = held_stream(upstream, lambda *a: ask(*a, Authorization="Bearer old"))
+        (tmp_path / ".env").write_text("PROXY_AUTH_TOKEN=new\n")
+        process.send_signal(signal.SIGHUP)
+        until(lambda: ask("GET", "/-/x", Authorization="Bearer new") and "read again" in log.read_text())
+        assert [ask("GET", "/api/x", Authorization=f"Bearer {token}").status for token in ("old",)] == [401]
+        (tmp_path / ".env").write_text("PROXY_AUTH_TOKEN=new er\n")
+        log.rename(tmp_path / "log.1")
+        process.send_signal(signal.SIGHUP)
+        until(lambda: "the old settings stay" in (tmp_path / "log.1").read_text())
+        upstream.go_on.set()
+        assert response.read() == b"last\n"
+        (tmp_path / ".env").write_text("PROXY_AUTH_TOKEN=newer\n")
+        process.send_signal(signal.SIGHUP)
+        until(log.exists)
+        upstream.play = lambda call: call.send(OK)
+        until(lambda: ask("GET", "/api/x", Authorization="Bearer newer").status == 200)
+
+
+def test_it_works_as_process_1_of_a_container(upstream):
+    unshare = shutil.which("unshare")
+    if not unshare or subprocess.run([unshare, "--pid", "--fork", "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("no rights to make a PID namespace here")
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    environ = {"PATH": os.environ["PATH"], "PROXY_UPSTREAMS": f"x=http://127.0.0.1:{upstream.port}", "PROXY_PORT": str(port)}
+    process = subprocess.Popen([unshare, "--pid", "--fork", sys.executable, str(HERE / "ollama_proxy.py")], env=environ, cwd="/",
+                               stderr=subprocess.DEVNULL)
+    until(lambda: not refuses(port))
+    child = int(open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()[0])
+    os.kill(child, signal.SIGTERM)
+    assert process.wait(WAIT) == 0
+
+
+# ---- Command line -----------------------------------------------------------
+
+
+def run(*arguments, cwd="/", **environ):
+    return subprocess.run([sys.executable, str(HERE / "ollama_proxy.py"), *arguments], env={"PATH": os.environ["PATH"], **environ}, cwd=cwd,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=WAIT, universal_newlines=True)
+
+
+def test_help_lists_every_setting_and_needs_none():
+    done = run("--help")
+    assert done.returncode == 0 and all(s.name in done.stdout and s.help.replace("`", "") in done.stdout for s in proxy.SETTINGS)
+
+
+def test_the_version_is_printed():
+    assert run("--version").stdout == f"ollama_proxy {proxy.__version__}\n"
+
+
+def test_bad_settings_end_it_with_status_2_a_line_each_and_no_traceback():
+    done = run(OLLAMA_API_KEY="sk-se cret", PROXY_PORT="x")
+    assert done.returncode == 2 and done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert [line.split(": ")[1].split("=")[0] for line in lines] == ["OLLAMA_API_KEY", "PROXY_PORT"] and "cret" not in done.stderr
+
+
+def test_no_key_ends_it_with_status_2():
+    done = run()
+    assert done.returncode == 2 and "settings/keys" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_an_unknown_command_ends_it_with_status_2():
+    assert run("srve").returncode == 2
+
+
+def test_a_port_that_is_taken_ends_it_with_status_1_and_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = run(OLLAMA_API_KEY="k", PROXY_PORT=str(taken.getsockname()[1]))
+    assert done.returncode == 1 and "PROXY_PORT" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_check_masks_secrets_and_says_what_the_upstream_answers(upstream):
+    environ = {"PROXY_UPSTREAMS": f"cloud=http://127.0.0.1:{upstream.port}", "OLLAMA_API_KEY": "sk-good", "PROXY_AUTH_TOKEN": "ann:tok-en"}
+    done = run("check", **environ)
+    assert done.returncode == 0 and "key accepted" in done.stdout and " ms" in done.stdout
+    assert "sk-good" not in done.stdout and "tok-en" not in done.stdout
+    upstream.play = lambda call: call.send(b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n")
+    done = run("check", **environ)
+    assert done.returncode == 1 and "the key is refused (401)" in done.stdout
+
+
+def test_check_ends_with_1_when_the_upstream_cannot_be_reached():
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    done = run("check", PROXY_UPSTREAMS=f"http://127.0.0.1:{port}")
+    assert done.returncode == 1 and "cannot be reached: Connection refused" in done.stdout
+
+
+def test_demo_streams_an_answer_and_its_curl_lines_work():
+    process = subprocess.Popen([sys.executable, "-u", str(HERE / "ollama_proxy.py"), "demo"], env={"PATH": os.environ["PATH"]}, cwd="/",
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, universal_newlines=True)
+    try:
+        text, lines = "", []
+        while len(lines) < 2:
+            text += process.stdout.readline()
+            lines = re.findall(r"^  (curl .*)$", text, re.M)
+        assert "Every word comes the moment it is said." in text
+        for line in lines:
+            done = subprocess.run(line, shell=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=WAIT)
+            assert done.returncode == 0 and len(done.stdout.splitlines()) > 3
+        port = int(re.search(r":(\d+)", text)[1])
+        for path, body in [("/v1/messages", {"messages": [{"role": "user", "content": "hi there"}]}), ("/api/show", {"model": "echo"}),
+                           ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi there"}]}]})]:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)
+            connection.request("POST", path, json.dumps(body))
+            answer = connection.getresponse().read()
+            assert b"hi there" in answer or path == "/api/show"
+        for path in "/api/tags", "/v1/models", "/api/version":
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)
+            connection.request("GET", path)
+            assert connection.getresponse().status == 200
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(WAIT) == 0
+        process.stdout.close()
