@@ -1427,6 +1427,7 @@ def tls_context():
     """Verify against the system's store (SSL_CERT_FILE is obeyed); where Python finds none, try the usual files."""
     context = ssl.create_default_context()
     context.set_alpn_protocols(["http/1.1"])
+    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0x80)  # an end without a goodbye may be a cut
     paths = ssl.get_default_verify_paths()
     if not paths.cafile and not paths.capath and not context.cert_store_stats()["x509_ca"]:
         for bundle in filter(os.path.exists, CA_BUNDLES):
@@ -2488,6 +2489,16 @@ class Server(ThreadingHTTPServer):
             self.log.event("warning", "settings", words)
         self.log.event("info", "reload", "the settings have been read again")
 
+    def stop_listening(self):
+        """Take those who have knocked already, and close the door; a plain close would reset them."""
+        self.shutdown()
+        self.socket.setblocking(False)
+        try:
+            while True:
+                self.process_request(*super().get_request())
+        except OSError:
+            self.server_close()
+
     def drain(self, seconds):
         """Let requests end for so long, then cut what is left."""
         self.draining = True
@@ -2653,7 +2664,7 @@ def raise_file_limit(clients):
 def run(server, signals, environ):
     """Live until a signal says otherwise; returns the exit status."""
     while True:
-        number = signals.get()
+        number = signals.recv(1)[0]
         if number != getattr(signal, "SIGHUP", None):
             break
         server.reload(environ)
@@ -2662,8 +2673,7 @@ def run(server, signals, environ):
     drain = server.settings.drain
     server.draining = True
     server.log.event("info", "stop", f"no more clients; answers may go on for {drain:g} seconds (PROXY_DRAIN)")
-    server.shutdown()
-    server.server_close()
+    server.stop_listening()
     server.drain(drain)
     server.log.event("info", "stop", "bye")
     server.log.close()
@@ -2671,11 +2681,17 @@ def run(server, signals, environ):
 
 
 def catch_signals():
-    """Return a queue of the signals that come; as process 1 of a container, too, nothing else would obey them."""
-    signals = queue.SimpleQueue()  # its put() may interrupt anything, even its own get()
+    """Return a socket that gives a byte, its number, for each signal that comes.
+
+    A queue would not do: the system may deliver a signal to any thread, and nothing then wakes the main one, which
+    alone runs handlers. As process 1 of a container, nothing but a handler obeys signals at all.
+    """
+    signals, bell = socket.socketpair()
+    bell.setblocking(False)
+    signal.set_wakeup_fd(bell.detach())
     for name in "SIGTERM", "SIGINT", "SIGHUP":
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda number, frame: signals.put(number))
+            signal.signal(getattr(signal, name), lambda number, frame: None)
     return signals
 
 
