@@ -257,7 +257,7 @@ class Address(namedtuple("Address", "name scheme host port mount")):
             port = 0
         if not port or url.netloc.endswith(":"):
             raise ValueError("the URL's port is not one")
-        if url.scheme == "http" and url.hostname == "ollama.com":
+        if url.scheme == "http" and re.fullmatch(r"(.*\.)?ollama\.com\.?", url.hostname):
             raise ValueError("http://ollama.com would carry the key in clear; write https://ollama.com")
         name = name or url.hostname.replace(":", "-")
         if not NAME_TEXT.fullmatch(name):
@@ -273,7 +273,7 @@ class Address(namedtuple("Address", "name scheme host port mount")):
 
     @property
     def is_cloud(self):
-        return self.name == "cloud" or self.host == "ollama.com"
+        return self.name == "cloud" or self.host.rstrip(".") == "ollama.com"
 
     @property
     def key_name(self):
@@ -375,7 +375,7 @@ class Settings:
 
     def contradictions(self):
         """Yield what is wrong with values that are each fine alone."""
-        if any(address.host == "ollama.com" and not self.key(address) for address in self.upstreams):
+        if any(address.host.rstrip(".") == "ollama.com" and not self.key(address) for address in self.upstreams):
             yield ("OLLAMA_API_KEY is not set: make a key at https://ollama.com/settings/keys and set it, or name "
                    "another server in PROXY_UPSTREAMS; `ollama_proxy.py demo` runs without a key")
         if not self.auth_token and not is_loopback(self.host):
@@ -429,7 +429,7 @@ class Sources:
         try:
             values[key] = (Address.parse(text, called),) if called else setting.parse(text)
         except ValueError as error:
-            shown = "" if setting.secret or "@" in text else f"={text[:80]!r}"
+            shown = "" if setting.secret or re.search("[@?]", text) else f"={text[:80]!r}"
             self.problems.append(f"{name}{shown}: {error}")
 
     def strangers(self, settings):
@@ -575,8 +575,8 @@ def parse_request(block):
     hosts = head.all("host")
     if len(hosts) > 1 or head.version and not hosts or not HOST_FIELD.fullmatch(head.get("host")):
         raise Malformed("a request has one Host header, and in it one host")
-    if len(head.all("authorization")) > 1:
-        raise Malformed("two Authorization headers: which one counts is unclear")
+    if len(head.all("authorization")) > 1 or len(head.all("origin")) > 1:
+        raise Malformed("two Authorization or Origin headers: which one counts is unclear")
     return head
 
 
@@ -795,7 +795,7 @@ class Decoder:
         if self._trailer:
             self._end(self._line + data)
             return b""
-        at, left, pieces = 0, self._left, []
+        at, left, pieces, many = 0, self._left, [], len(data) > self.BULK
         if not left:
             data = self._line + data
         while True:
@@ -806,8 +806,8 @@ class Decoder:
                 left -= len(piece)
                 if left:
                     break
-            if len(data) - at > self.BULK:
-                at += self._take_bulk(data[at:], pieces)
+            if many:
+                at, many = at + self._take_bulk(data[at:], pieces), False
             end = data.find(b"\r\n", at + 2)
             if end < 0 or not data.startswith(b"\r\n", at):
                 self._keep_line(data[at:])
@@ -1001,6 +1001,7 @@ class Doorman:
         self.is_open = settings.auth_token == OFF  # whoever reaches the proxy may ask
         self.tokens = () if self.is_open else settings.auth_token
         self.any_origin = "*" in settings.origins or bool(self.tokens and not settings.origins)
+        self.cors_unseen = ["Access-Control-Allow-Origin: *\r\n"] if self.any_origin else []
         self.origins = tuple(re.compile(re.escape(word).replace(r"\*", "[^/]*"), re.I) for word in settings.origins)
 
     def allows_origin(self, origin):
@@ -1014,7 +1015,7 @@ class Doorman:
             raise Refused(f"the origin {origin[:200]} may not ask here: list it in PROXY_ORIGINS", 403)
         if self.tokens:
             return
-        host = head.get("host")[:260]
+        host = (AUTHORITY.match(head.target) or [head.get("host")])[0].rpartition("/")[2][:260]
         if not self.is_open and host and not names_loopback(host):
             raise Refused(f"without a token only localhost is served, not the host {host}: set PROXY_AUTH_TOKEN "
                           "(off opens the proxy to whoever reaches it)", 403)
@@ -1174,7 +1175,12 @@ class Log:
             time.sleep(0.005)
 
     def _open(self):
-        return open(self._path, "ab", buffering=0) if self._path else None
+        if self._path:
+            return open(self._path, "ab", buffering=0)
+        try:  # not sys.stderr, whose buffer and lock would hold up the exit if nobody reads
+            return open(2, "wb", buffering=0, closefd=False)
+        except OSError:  # it was closed before the start
+            return open(os.devnull, "wb", buffering=0)
 
     def _put(self, entry):
         if self._lines.qsize() < self.LIMIT:
@@ -1203,17 +1209,12 @@ class Log:
         if isinstance(entry, Record):
             entry = {key: getattr(entry, key) for key in Record.KEYS}
         entry["time"] = timestamp(entry["time"])
-        is_text = self._form == "text" or self._form == "auto" and not self._stream and sys.stderr.isatty()
+        is_text = self._form == "text" or self._form == "auto" and self._stream.isatty()
         return (text_line(entry) if is_text else json.dumps(entry)) + "\n"
 
     def _write(self, data):
-        stream = self._stream
-        if stream is None:
-            sys.stderr.buffer.write(data)
-            sys.stderr.buffer.flush()
-        else:
-            while data:
-                data = data[stream.write(data):]
+        while data:
+            data = data[self._stream.write(data):]
 
 
 # ---- Wires ------------------------------------------------------------------
@@ -1269,6 +1270,12 @@ class Wire:
             return False
         except OSError:
             return True
+
+    def has_left(self):
+        """Whether the other side has left, though there is data that nobody reads."""
+        poll = select.poll()
+        poll.register(self.sock, LEAVING)
+        return any(event & ~select.POLLIN for _, event in poll.poll(0))
 
     def take_head(self):
         """Cut a message's head off `ahead` and return its lines; None while it is not whole; raises Malformed."""
@@ -1945,6 +1952,8 @@ class Carrier(threading.Thread):
                 for held, expire in [*self._held.items()]:
                     if expire and now > held.deadline:
                         self._act(expire, held)
+                    elif isinstance(held, Exchange) and len(held.client.ahead) > self.AHEAD and held.client.has_left():
+                        self._act(self._finish, held, ClientLeft.outcome)
 
     def _act(self, act, held, *events):
         try:
@@ -2142,7 +2151,7 @@ class Handler(BaseRequestHandler):
     def answer(self):
         """Answer one request; whether the client is still this thread's. The one place where an exception meets it."""
         self.head = self.target = self.upload = None
-        self.cors, self.record = [], Record(self.client.address)
+        self.cors, self.record = self.server.doorman.cors_unseen, Record(self.client.address)
         self.server_settings = self.server.settings
         try:
             self.read_head()
@@ -2227,7 +2236,7 @@ class Handler(BaseRequestHandler):
         held, body = head.method == "POST" and path in INFERENCE, b""
         if held:
             body = upload.whole(self.server_settings.max_body)
-            self.record.model = named_model(body)
+            self.record.model = (named_model(body) or "")[:200] or None
             if path == "/embeddings":
                 path = "/v1/embeddings" if b"input" in members(body) else "/api/embeddings"
         asked = (head.method, path + self.target.query, self.lines_up(held, len(body)), body,

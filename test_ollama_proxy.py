@@ -141,10 +141,14 @@ def test_every_bad_value_is_named_at_once_with_what_was_expected():
     assert all("expected" in line for line in words.splitlines())
 
 
-@pytest.mark.parametrize("url", ["https://u:p@h", "https://h?x=1", "https://h#f", "http://ollama.com", "https://h:0",
+@pytest.mark.parametrize("url", ["https://u:p@h", "https://h?x=1", "http://ollama.com.", "http://www.ollama.com", "https://h#f", "http://ollama.com", "https://h:0",
                                  "https://h:99999", "https://", "h:8000", "https://h:", "https://h x", "a b=http://h"])
 def test_an_upstream_url_has_no_secrets_and_no_surprises(url):
     assert "PROXY_UPSTREAMS" in complaints(PROXY_UPSTREAMS=url)
+
+
+def test_no_part_of_a_refused_url_that_may_be_secret_is_printed():
+    assert "hush" not in complaints(PROXY_UPSTREAMS="https://h?key=hush") + complaints(PROXY_UPSTREAMS="https://me:hush@h")
 
 
 @pytest.mark.parametrize("url, shown", [
@@ -351,6 +355,15 @@ def test_a_bad_chunk_is_refused_however_it_arrives(wire):
         with pytest.raises(proxy.Malformed):
             for at in range(0, len(wire), step):
                 decoder.feed(wire[at:at + step])
+
+
+def test_chunks_cost_as_much_as_they_are_long_whatever_they_hold():
+    def cost(count):
+        decoder, wire = proxy.Decoder(proxy.CHUNKED), b"2\r\n\r\n\r\n" * count
+        began = time.process_time()
+        assert decoder.feed(wire) == b"\r\n" * count
+        return time.process_time() - began
+    assert cost(40000) < 40 * cost(4000) + 0.2  # a cost that grows with the square is a hundred times as high
 
 
 @pytest.mark.parametrize("body, model", [
@@ -652,6 +665,8 @@ def test_a_broken_log_pipe_stops_no_request(upstream, tmp_path):
         os.close(writer)
         os.close(reader)
         assert [ask("GET", "/api/tags").status for _ in range(5)] == [200] * 5
+        process.terminate()
+        assert process.wait(WAIT) == 0
 
 
 def test_a_log_pipe_that_nobody_reads_stops_no_request(upstream, tmp_path):
@@ -659,6 +674,8 @@ def test_a_log_pipe_that_nobody_reads_stops_no_request(upstream, tmp_path):
     with running_process(upstream, stderr=writer) as (process, ask):
         path = "/api/" + "x" * 6000
         assert {ask("GET", path).status for _ in range(40)} == {200}  # the pipe holds 64 KiB
+        process.terminate()
+        assert process.wait(WAIT) == 0
     os.close(writer)
     os.close(reader)
 
@@ -1276,6 +1293,20 @@ def test_a_client_that_leaves_while_it_pipelines_is_noticed(server, upstream):
     leaves(server, upstream, sock, False)
 
 
+def test_a_client_that_leaves_behind_more_than_is_read_ahead_is_noticed(server, upstream, abruptly):
+    def play(call):
+        call.send(STREAM)
+        call.chunk(b"half")
+        upstream.wait_left(call)
+    upstream.play = play
+    sock = server.ask("POST", "/api/chat", CHAT)
+    while b"half" not in sock.recv(65536):
+        pass
+    sock.sendall(b"GET /next HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3000)
+    until(lambda: any(len(client.ahead) > proxy.Carrier.AHEAD for client in [*server.server.clients]))
+    leaves(server, upstream, sock, abruptly)
+
+
 def test_a_client_that_leaves_during_the_handshake_is_noticed(serve, upstream, abruptly):
     silent = socket.create_server(("127.0.0.1", 0))
     with silent:
@@ -1484,6 +1515,13 @@ def test_without_a_token_only_loopback_app_and_listed_origins_are_served(serve, 
     got, headers, _ = server.get("POST", "/api/chat", CHAT, Origin=origin)
     assert got == status and len(upstream.calls) == (status == 200)
     assert (headers["Access-Control-Allow-Origin"], "Origin" in headers["Vary"]) == (origin if status == 200 else None, True)
+
+
+def test_without_a_token_neither_an_absolute_target_nor_a_second_origin_gets_by(server, upstream):
+    assert server.get("GET", "http://evil.example/api/tags")[0] == 403
+    sock = server.connect()
+    sock.sendall(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nOrigin: https://evil.example\r\nOrigin: http://localhost\r\n\r\n")
+    assert server.read(sock)[0] == 400 and upstream.calls == []
 
 
 def test_without_a_token_other_sites_pages_may_not_even_get(server):
