@@ -1093,7 +1093,8 @@ class Record:
         self.started = time.monotonic()
         self.time = time.time()
         self.client = client
-        self.id = self.caller = self.method = self.path = self.model = self.upstream = self.status = None
+        self.id = os.urandom(8).hex()
+        self.caller = self.method = self.path = self.model = self.upstream = self.status = None
         self.first_byte_ms = self.total_ms = self.tokens_in = self.tokens_out = self.outcome = None
         self.bytes_in = self.bytes_out = 0
 
@@ -1225,7 +1226,7 @@ class Log:
 # has gone; the carrier waits for many with a selector.
 
 PIECE = 64 * 1024
-# Linux tells a farewell apart from data; elsewhere one must look (Wire.at_end).
+# Linux tells a farewell apart from data; elsewhere one must look (Wire.has_left).
 LEAVING = getattr(select, "POLLRDHUP", select.POLLIN)
 NOT_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -1262,20 +1263,17 @@ class Wire:
         self.ahead += data or b""
         return data is not None
 
-    def at_end(self):
-        """Whether the other side has left, as far as unread data does not hide it."""
-        try:
-            return not socket.socket.recv(self.sock, 1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-
     def has_left(self):
-        """Whether the other side has left, though there is data that nobody reads."""
+        """Whether the other side has left; Linux can tell even when unread data comes before its farewell."""
         poll = select.poll()
         poll.register(self.sock, LEAVING)
-        return any(event & ~select.POLLIN for _, event in poll.poll(0))
+        events = poll.poll(0)
+        if not events or events[0][1] != select.POLLIN:
+            return bool(events)
+        try:
+            return not socket.socket.recv(self.sock, 1, socket.MSG_PEEK)
+        except OSError:
+            return True
 
     def take_head(self):
         """Cut a message's head off `ahead` and return its lines; None while it is not whole; raises Malformed."""
@@ -1323,18 +1321,15 @@ def wait(wire, events, deadline, client=None, also=None):
         ready = poll.poll(None if deadline is None else max(0, deadline - time.monotonic()) * 1000)
         if not ready:
             raise TimeoutError
-        others = [(other, event) for other, event in ready if other != fd]
-        if not others:
+        ready = {other for other, _ in ready}
+        if client and client.sock.fileno() in ready:
+            if client.has_left():
+                raise ClientLeft("the client left")
+            poll.unregister(client.sock)  # it sent its next request: nothing more to learn here
+        if fd in ready:
             return True
-        for other, event in others:
-            if client and other == client.sock.fileno():
-                if event & ~select.POLLIN or client.at_end():
-                    raise ClientLeft("the client left")
-                poll.unregister(other)  # it sent its next request: nothing more to learn here
-            else:
-                return len(others) < len(ready)
-        if len(others) < len(ready):
-            return True
+        if also and also.sock.fileno() in ready:
+            return False
 
 
 def push(wire, data, deadline, client=None):
@@ -1514,10 +1509,10 @@ class Upload:
         return self.done
 
     def _more_comes(self, deadline, upstream):
-        if self._expects:
-            self._expects = False
-            push(self._client, b"HTTP/1.1 100 Continue\r\n\r\n", deadline)
         try:
+            if self._expects:
+                self._expects = False
+                push(self._client, b"HTTP/1.1 100 Continue\r\n\r\n", deadline)
             while not wait(self._client, select.POLLIN, deadline, also=upstream):
                 if upstream.look():
                     return False
@@ -1571,44 +1566,39 @@ class Pool:
     IDLE = 60.0  # seconds; longer, and a router on the way may have forgotten the connection
 
     def __init__(self):
+        self._lock = threading.Lock()  # guards _wires
         self._wires, self._closed = deque(), False
 
     def take(self):
         """A wire that is still open and silent, or None."""
-        while self._wires:
-            try:
+        while True:
+            with self._lock:
+                if not self._wires:
+                    return None
                 wire = self._wires.pop()
-                if time.monotonic() - wire.used < self.IDLE and not wire.look():
+            try:
+                if not wire.look():
                     return wire
-            except IndexError:  # another thread was faster
-                return None
-            except OSError:
+            except OSError:  # a reset is an end as good as any
                 pass
             wire.close()
-        return None
 
     def put(self, wire):
         wire.used = time.monotonic()
-        if self._closed:
-            wire.close()
-        else:
+        with self._lock:
             self._wires.append(wire)
+        if self._closed:
+            self.prune(0)
 
-    def prune(self):
-        """Close what has been idle too long."""
-        while self._wires and time.monotonic() - self._wires[0].used > self.IDLE:
-            try:
+    def prune(self, idle=IDLE):
+        """Close the wires that nobody has used for so many seconds."""
+        with self._lock:
+            while self._wires and time.monotonic() - self._wires[0].used >= idle:
                 self._wires.popleft().close()
-            except IndexError:
-                return
 
     def close(self):
         self._closed = True
-        while self._wires:
-            try:
-                self._wires.pop().close()
-            except IndexError:
-                return
+        self.prune(0)
 
 
 class Upstream(urllib.request.BaseHandler):
@@ -1972,7 +1962,7 @@ class Carrier(threading.Thread):
             self._act(method, argument)
 
     def _watch(self, wire, events, act=None, held=None):
-        watched = wire.sock.fileno() in self._selector.get_map()
+        watched = wire.sock.fileno() >= 0 and wire.sock in self._selector.get_map()
         if events and watched:
             self._selector.modify(wire.sock, events, (act, held))
         elif events:
@@ -2005,10 +1995,10 @@ class Carrier(threading.Thread):
         client = exchange.client
         if events & READ:
             try:
-                left = client.look() and not client.ahead
+                client.look()
             except OSError:
-                left = True
-            if left or client.at_end():
+                return self._finish(exchange, ClientLeft.outcome)
+            if client.has_left():
                 return self._finish(exchange, ClientLeft.outcome)
             if len(client.ahead) > self.AHEAD:
                 self._watch(client, WRITE if exchange.blocked else 0, self._from_client, exchange)
@@ -2151,8 +2141,8 @@ class Handler(BaseRequestHandler):
     def answer(self):
         """Answer one request; whether the client is still this thread's. The one place where an exception meets it."""
         self.head = self.target = self.upload = None
-        self.cors, self.record = self.server.doorman.cors_unseen, Record(self.client.address)
-        self.server_settings = self.server.settings
+        self.settings, self.doorman, self.upstream = self.server.rules
+        self.cors, self.record = self.doorman.cors_unseen, Record(self.client.address)
         try:
             self.read_head()
             page = self.own_page()
@@ -2167,7 +2157,7 @@ class Handler(BaseRequestHandler):
 
     def read_head(self):
         """Read the head and decide who asks for what; raises a Failure."""
-        settings, client, record = self.server_settings, self.client, self.record
+        settings, client, record = self.settings, self.client, self.record
         try:
             head = parse_request(next_head(client, time.monotonic() + settings.client_timeout))
         except TimeoutError:
@@ -2177,8 +2167,9 @@ class Handler(BaseRequestHandler):
         client.served = True
         self.head, record.method = head, head.method
         given = head.get("x-request-id")
-        record.id = given if given and REQUEST_ID.fullmatch(given) else os.urandom(8).hex()
-        self.cors = self.server.doorman.cors(head)
+        if REQUEST_ID.fullmatch(given):
+            record.id = given
+        self.cors = self.doorman.cors(head)
         if head.method in ("CONNECT", "TRACE"):
             raise Refused(f"{head.method} is not for this proxy", 405, [("Allow", "GET, HEAD, POST, PUT, DELETE")])
         expected = head.get("expect").lower()
@@ -2192,8 +2183,8 @@ class Handler(BaseRequestHandler):
 
     def own_page(self):
         """Let the doorman look, and answer what the proxy answers itself: (status, body, header lines), else None."""
-        head, target, doorman = self.head, self.target, self.server.doorman
-        doorman.check_place(head)
+        head, target = self.head, self.target
+        self.doorman.check_place(head)
         if head.method == "OPTIONS":
             return 204, b"", preflight(head)
         reads = head.method in ("GET", "HEAD")
@@ -2205,9 +2196,9 @@ class Handler(BaseRequestHandler):
                 raise Refused("this page is only to be read", 405, [("Allow", "GET, HEAD")])
             return page(self)
         is_open = target.path == "/api/version" and reads or (
-            self.server_settings.public_models and f"{head.method} {target.path}" in LISTS)
+            self.settings.public_models and f"{head.method} {target.path}" in LISTS)
         try:
-            self.record.caller = doorman.admit(head, target)
+            self.record.caller = self.doorman.admit(head, target)
         except Refused:
             if not is_open:
                 raise
@@ -2222,7 +2213,7 @@ class Handler(BaseRequestHandler):
     def page_ready(self):
         if self.server.draining:
             return 503, b'{"status": "draining"}', ["Content-Type: application/json\r\n"]
-        if not self.server.upstream.is_reachable():
+        if not self.upstream.is_reachable():
             return 503, b'{"status": "no upstream can be reached"}', ["Content-Type: application/json\r\n"]
         return self.page_health()
 
@@ -2231,27 +2222,24 @@ class Handler(BaseRequestHandler):
     def relay(self):
         """Ask the upstream, and send its answer on its way to the client."""
         head, path, upload = self.head, self.target.path, self.upload
-        upstream = self.server.upstream
-        self.record.upstream = upstream.name
+        self.record.upstream = self.upstream.name
         held, body = head.method == "POST" and path in INFERENCE, b""
         if held:
-            body = upload.whole(self.server_settings.max_body)
+            body = upload.whole(self.settings.max_body)
             self.record.model = (named_model(body) or "")[:200] or None
             if path == "/embeddings":
                 path = "/v1/embeddings" if b"input" in members(body) else "/api/embeddings"
         asked = (head.method, path + self.target.query, self.lines_up(held, len(body)), body,
                  None if upload.done else upload, self.client)
         try:
-            if path != "/api/version":
-                return self.give(upstream, upstream.ask(*asked))
-            return self.give_version(upstream, asked)
+            return self.give_version(asked) if path == "/api/version" else self.give(self.upstream.ask(*asked))
         finally:
             self.record.bytes_in = upload.received
 
     def lines_up(self, held, length):
         """The header lines of the request, but for the upstream's own Host and key."""
         head, client = self.head, self.client
-        trusted = is_trusted(client.address, self.server_settings.trusted)
+        trusted = is_trusted(client.address, self.settings.trusted)
         chain = head.all("x-forwarded-for") if trusted else ()
         lines = fields_up(head, identity=held)
         if held or self.upload.declared is not None and self.upload.declared >= 0:
@@ -2268,10 +2256,10 @@ class Handler(BaseRequestHandler):
 
     # What comes down:
 
-    def give(self, upstream, answer):
+    def give(self, answer):
         """Send the answer's head and what of its body is there; the rest is the carrier's."""
-        head, record, server = self.head, self.record, self.server
-        exchange = Exchange(self.client, answer, record, upstream, self.server_settings)
+        head, record, server, upstream = self.head, self.record, self.server, self.upstream
+        exchange = Exchange(self.client, answer, record, upstream, self.settings)
         lines = fields_down(answer.head, upstream.key)
         size = answer.decoder.size
         exchange.chunked = size < 0 and head.version == 1
@@ -2302,14 +2290,14 @@ class Handler(BaseRequestHandler):
             server.carrier.linger(self.client)
         return False
 
-    def give_version(self, upstream, asked):
+    def give_version(self, asked):
         """Relay the upstream's version; where it has none, say one that clients accept."""
         try:
-            answer = upstream.ask(*asked)
+            answer = self.upstream.ask(*asked)
         except (Unreachable, UpstreamLost, Silent):
             answer = None
         if answer and answer.head.status == 200:
-            return self.give(upstream, answer)
+            return self.give(answer)
         if answer:
             answer.wire.close()
         self.record.upstream = None
@@ -2335,7 +2323,7 @@ class Handler(BaseRequestHandler):
             body = b""
         data = head_bytes(f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n", lines) + body
         try:
-            push(self.client, data, time.monotonic() + self.server_settings.client_timeout)
+            push(self.client, data, time.monotonic() + self.settings.client_timeout)
         except (OSError, TimeoutError):
             self.client.close()
             return False
@@ -2426,8 +2414,8 @@ class Server(ThreadingHTTPServer):
 
     def adopt(self, settings):
         """Obey new settings from the next request on."""
-        self.settings, self.doorman = settings, Doorman(settings)
-        self.upstream = Upstream(settings.upstreams[0], settings, self.log)
+        self.settings, self.upstream = settings, Upstream(settings.upstreams[0], settings, self.log)
+        self.rules = settings, Doorman(settings), self.upstream  # what one request goes by from its start to its end
 
     @property
     def url(self):
@@ -2534,85 +2522,72 @@ class Echo(BaseHTTPRequestHandler):
     """The demo's upstream: a model that says the prompt back, word by word, in three dialects."""
 
     protocol_version = "HTTP/1.1"
-    MODEL = "echo"
+    MODEL = {"model": "echo"}
+    LISTED = {**MODEL, "name": "echo", "modified_at": "2026-01-01T00:00:00Z", "size": 0, "digest": "", "details": {
+        "format": "", "family": "echo", "parameter_size": "0B", "quantization_level": ""}}
+    PAGES = {"/api/tags": {"models": [LISTED]}, "/api/version": {"version": OWN_VERSION},
+             "/v1/models": {"object": "list", "data": [{"id": "echo", "object": "model", "created": 0, "owned_by": "demo"}]},
+             "/api/show": {"details": LISTED["details"], "model_info": {}, "capabilities": ["completion"]}}
 
     def log_message(self, *args):
         """The proxy in front keeps the log."""
 
     def do_GET(self):
-        entry = {"name": self.MODEL, "model": self.MODEL, "modified_at": "2026-01-01T00:00:00Z", "size": 0, "digest": "",
-                 "details": {"format": "", "family": "echo", "parameter_size": "0B", "quantization_level": ""}}
-        pages = {"/api/tags": {"models": [entry]}, "/api/version": {"version": OWN_VERSION},
-                 "/v1/models": {"object": "list", "data": [{"id": self.MODEL, "object": "model", "created": 0,
-                                                            "owned_by": "demo"}]}}
-        self.send(pages.get(self.path))
+        self.send(200 if self.path in self.PAGES else 404, self.PAGES.get(self.path, {"error": "no such page"}))
 
     do_HEAD = do_GET
 
     def do_POST(self):
         try:
             asked = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
-            words = self.prompt(asked).split(" ")
+            said = asked["messages"][-1]["content"] if "messages" in asked else asked.get("prompt", "")
+            said = said if isinstance(said, str) else " ".join(part.get("text", "") for part in said)
         except (ValueError, AttributeError, LookupError, TypeError):
-            return self.send({"error": "expected a JSON object with a prompt or messages"}, 400)
-        shapes = {"/api/chat": self.native, "/api/generate": self.native, "/v1/chat/completions": self.openai,
-                  "/v1/messages": self.anthropic}
-        if self.path == "/api/show":
-            return self.send({"details": {"family": "echo"}, "model_info": {}, "capabilities": ["completion"]})
-        if self.path not in shapes:
-            return self.send(None)
-        streams = asked.get("stream", self.path.startswith("/api/"))
-        whole, events = shapes[self.path]([word + " " for word in words[:-1]] + words[-1:])
-        if streams:
-            self.stream("application/x-ndjson" if self.path.startswith("/api/") else "text/event-stream", events)
+            return self.send(400, {"error": "expected a JSON object with a prompt or messages"})
+        dialect = {"/api/chat": self.native, "/api/generate": self.native, "/v1/chat/completions": self.openai,
+                   "/v1/messages": self.anthropic}.get(self.path)
+        if not dialect:
+            return self.do_GET()
+        whole, events = dialect(said, re.findall(r"\S*\s*", said)[:-1])
+        if asked.get("stream", dialect == self.native):
+            self.stream(events)
         else:
-            self.send(whole)
+            self.send(200, whole)
 
-    @staticmethod
-    def prompt(asked):
-        content = asked["messages"][-1]["content"] if "messages" in asked else asked.get("prompt", "")
-        return content if isinstance(content, str) else " ".join(part.get("text", "") for part in content)
-
-    def native(self, words):
+    def native(self, said, words):
         def piece(text, **more):
-            said = {"message": {"role": "assistant", "content": text}} if self.path == "/api/chat" else {"response": text}
-            return {"model": self.MODEL, "created_at": timestamp(time.time()), **said, **more}
+            text = {"message": {"role": "assistant", "content": text}} if self.path == "/api/chat" else {"response": text}
+            return {**self.MODEL, "created_at": timestamp(time.time()), **text, **more}
 
         last = {"done": True, "done_reason": "stop", "prompt_eval_count": len(words), "eval_count": len(words)}
-        lines = [piece(word, done=False) for word in words] + [piece("", **last)]
-        return piece("".join(words), **last), [json.dumps(line) + "\n" for line in lines]
+        events = [piece(word, done=False) for word in words] + [piece("", **last)]
+        return piece(said, **last), [json.dumps(event) + "\n" for event in events]
 
-    def openai(self, words):
-        usage = {"prompt_tokens": len(words), "completion_tokens": len(words), "total_tokens": 2 * len(words)}
-
-        def piece(kind, **choice):
-            return {"id": "chatcmpl-demo", "object": kind, "created": int(time.time()), "model": self.MODEL,
+    def openai(self, said, words):
+        def piece(kind, usage=None, **choice):
+            return {"id": "chatcmpl-demo", "object": kind, "created": int(time.time()), **self.MODEL, "usage": usage,
                     "choices": [{"index": 0, "finish_reason": None, **choice}]}
 
-        chunk = "chat.completion.chunk"
-        chunks = [piece(chunk, delta={"role": "assistant", "content": word}) for word in words]
-        chunks.append({**piece(chunk, delta={}, finish_reason="stop"), "usage": usage})
-        whole = piece("chat.completion", message={"role": "assistant", "content": "".join(words)}, finish_reason="stop")
-        return {**whole, "usage": usage}, [f"data: {json.dumps(c)}\n\n" for c in chunks] + ["data: [DONE]\n\n"]
+        usage = {"prompt_tokens": len(words), "completion_tokens": len(words), "total_tokens": 2 * len(words)}
+        events = [piece("chat.completion.chunk", delta={"role": "assistant", "content": word}) for word in words]
+        events.append(piece("chat.completion.chunk", usage, delta={}, finish_reason="stop"))
+        whole = piece("chat.completion", usage, message={"role": "assistant", "content": said}, finish_reason="stop")
+        return whole, [f"data: {json.dumps(event)}\n\n" for event in events] + ["data: [DONE]\n\n"]
 
-    def anthropic(self, words):
+    def anthropic(self, said, words):
         usage = {"input_tokens": len(words), "output_tokens": len(words)}
-        message = {"id": "msg_demo", "type": "message", "role": "assistant", "model": self.MODEL, "content": [],
-                   "stop_reason": None, "stop_sequence": None, "usage": {**usage, "output_tokens": 0}}
-        text = {"type": "text", "text": ""}
-        events = [{"type": "message_start", "message": message},
-                  {"type": "content_block_start", "index": 0, "content_block": text}]
+        whole = {"id": "msg_demo", "type": "message", "role": "assistant", **self.MODEL, "stop_reason": "end_turn",
+                 "stop_sequence": None, "usage": usage, "content": [{"type": "text", "text": said}]}
+        events = [{"type": "message_start", "message": {**whole, "content": [], "stop_reason": None}},
+                  {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}]
         events += [{"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": word}}
                    for word in words]
         events += [{"type": "content_block_stop", "index": 0},
                    {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None}, "usage": usage},
                    {"type": "message_stop"}]
-        whole = {**message, "content": [{**text, "text": "".join(words)}], "stop_reason": "end_turn", "usage": usage}
         return whole, [f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in events]
 
-    def send(self, value, status=200):
-        if value is None:
-            value, status = {"error": "the demo has no such page"}, 404
+    def send(self, status, value):
         data = json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -2620,14 +2595,13 @@ class Echo(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data if self.command != "HEAD" else b"")
 
-    def stream(self, kind, events):
+    def stream(self, events):
         self.send_response(200)
-        self.send_header("Content-Type", kind)
+        self.send_header("Content-Type", "application/x-ndjson" if events[0][0] == "{" else "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         for event in events:
-            data = event.encode()
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(event.encode()), event.encode()))
             time.sleep(0.05)
         self.wfile.write(b"0\r\n\r\n")
 
@@ -2743,7 +2717,7 @@ def demo(environ):
     settings, _ = Settings.load({**environ, **own})
     server = start(settings, open_log(settings))
     token = settings.auth_token[0][1].decode() if settings.auth_token and settings.auth_token != OFF else ""
-    said = {"model": Echo.MODEL, "messages": [{"role": "user", "content": "Every word comes the moment it is said."}]}
+    said = {"model": "echo", "messages": [{"role": "user", "content": "Every word comes the moment it is said."}]}
     print(f"A model that echoes, behind the real proxy at {server.url}, streams:\n\n    ", end="", flush=True)
     request = urllib.request.Request(server.url + "/api/chat", json.dumps(said).encode(),
                                      {"Authorization": "Bearer " + token} if token else {})
@@ -2753,7 +2727,7 @@ def demo(environ):
     bearer = " -H 'Authorization: Bearer '\"$PROXY_AUTH_TOKEN\"" if token else ""
     said["stream"] = True
     print(f"\n\nTry it (Ctrl-C ends it):\n\n  curl -N{bearer} {server.url}/api/generate "
-          f"""-d '{{"model": "{Echo.MODEL}", "prompt": "hello from curl"}}'\n"""
+          f"""-d '{{"model": "echo", "prompt": "hello from curl"}}'\n"""
           f"""  curl -N{bearer} {server.url}/v1/chat/completions -d '{json.dumps(said)}'\n""", flush=True)
     return run(server, signals, {**environ, **own})
 

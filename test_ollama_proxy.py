@@ -1550,7 +1550,7 @@ def test_a_preflight_is_answered_here_without_a_token(serve, upstream):
 def test_every_answer_has_the_clients_request_id_if_it_is_sane(server, upstream):
     assert server.get("GET", "/api/tags", X_Request_Id="a.b-1")[1]["X-Request-Id"] == "a.b-1"
     assert upstream.calls[0].all("x-request-id") == ["a.b-1"]
-    for path in "/", "/api/tags", "/-/x":
+    for path in "/", "/api/tags", "/-/x", "bad":
         assert re.fullmatch("[0-9a-f]{16}", server.get("GET", path, X_Request_Id="a b")[1]["X-Request-Id"])
 
 
