@@ -39,10 +39,11 @@ Contents, in reading order; a section uses only the sections above it:
 
 from __future__ import annotations
 
+import _thread
 import base64
 import binascii
 import errno
-import hmac
+import gc
 import ipaddress
 import json
 import os
@@ -771,20 +772,16 @@ class Decoder:
 
     BULK = 4096  # bytes from which on chunks are worth taking by the dozen
 
-    __slots__ = ("size", "done", "rest", "_left", "_line", "_trailer")
+    __slots__ = ("feed", "size", "done", "rest", "_left", "_line", "_trailer")
 
     def __init__(self, size):
+        self.feed = {CHUNKED: self._chunks, UNTIL_CLOSE: bytes}.get(size, self._counted)  # returns the payload in bytes
         self.size, self.done, self.rest = size, size == 0, b""
         self._left = size if size > 0 else 0  # of the body, or of the chunk that is being read
         self._line = b"\r\n"  # an unfinished size line: the CRLF that ends a chunk is read as part of the next line
         self._trailer = False
 
-    def feed(self, data):
-        """Return the payload among these bytes; raises Malformed."""
-        if self.size == CHUNKED:
-            return self._chunks(data)
-        if self.size == UNTIL_CLOSE:
-            return data
+    def _counted(self, data):
         payload = data[:self._left]
         self._left -= len(payload)
         if not self._left:
@@ -795,6 +792,11 @@ class Decoder:
         if self._trailer:
             self._end(self._line + data)
             return b""
+        end = data.find(b"\r\n")
+        if not self._left and self._line == b"\r\n" and end > 0 and data.endswith(b"\r\n"):
+            size = chunk_size(data[:end])
+            if size and len(data) == end + size + 4:  # nearly always: what has come is one chunk
+                return data[end + 2:-2]
         at, left, pieces, many = 0, self._left, [], len(data) > self.BULK
         if not left:
             data = self._line + data
@@ -976,6 +978,8 @@ def basic_password(text):
 
 def caller_name(tokens, presented):
     """The name whose token is among the presented credentials, or None; takes as long whichever it is."""
+    import hmac  # slow to load, and not for everybody
+
     name = None
     for credential in presented:
         for candidate, token in tokens:
@@ -1839,7 +1843,7 @@ class Exchange:
             payload = self._mask.hide(payload, last=decoder.done or not data)
         if payload:
             self.record.bytes_out += len(payload)
-            self._tail = payload[-self.TAIL:] if len(payload) > self.TAIL else (self._tail + payload)[-self.TAIL:]
+            self._tail = (self._tail + payload if len(payload) < self.TAIL else payload)[-self.TAIL:]
             self.out += b"%x\r\n%b\r\n" % (len(payload), payload) if self.chunked else payload
         if decoder.done or not data and decoder.size == UNTIL_CLOSE:
             self._complete()
@@ -1855,7 +1859,8 @@ class Exchange:
     def flush(self, now):
         """Send what the client takes; raises OSError when it takes nothing any more."""
         if self.out:
-            self.out = self.out[self.client.send(self.out):]
+            sent = self.client.send(self.out)
+            self.out = self.out[sent:] if sent < len(self.out) else b""
         self.deadline = now + (self._stall if self.out else self._silence)
 
     def release(self):
@@ -1936,30 +1941,33 @@ class Carrier(threading.Thread):
             for key, events in ready:
                 act, held = key.data
                 if held in self._held:  # else it ended earlier in this round
-                    self._act(act, held, events)
+                    try:
+                        act(held, events)
+                    except Exception as bug:
+                        self._drop(held, bug)
             if now >= self._next_look:
                 self._next_look = now + self.TICK
                 for held, expire in [*self._held.items()]:
                     if expire and now > held.deadline:
-                        self._act(expire, held)
+                        expire(held)
                     elif isinstance(held, Exchange) and len(held.client.ahead) > self.AHEAD and held.client.has_left():
-                        self._act(self._finish, held, ClientLeft.outcome)
+                        self._finish(held, ClientLeft.outcome)
 
-    def _act(self, act, held, *events):
-        try:
-            act(held, *events)
-        except Exception as bug:
-            self.log.event("error", "bug", f"the carrier dropped a connection: {describe(bug)}")
-            self._held.pop(held, None)
-            for wire in filter(None, (held.client, held.wire) if isinstance(held, Exchange) else (held,)):
-                self._watch(wire, 0)
-                wire.close(abruptly=True)
+    def _drop(self, held, bug):
+        self.log.event("error", "bug", f"the carrier dropped a connection: {describe(bug)}")
+        self._held.pop(held, None)
+        for wire in filter(None, (held.client, held.wire) if isinstance(held, Exchange) else (held,)):
+            self._watch(wire, 0)
+            wire.close(abruptly=True)
 
     def _open_inbox(self, bell, _):
         bell.recv(4096)
         while self._inbox:
             method, argument = self._inbox.popleft()
-            self._act(method, argument)
+            try:
+                method(argument)
+            except Exception as bug:
+                self._drop(argument, bug)
 
     def _watch(self, wire, events, act=None, held=None):
         watched = wire.sock.fileno() >= 0 and wire.sock in self._selector.get_map()
@@ -2371,7 +2379,7 @@ class Workers:
             inbox = self._idle.pop()
         except IndexError:
             inbox = queue.SimpleQueue()
-            threading.Thread(target=self._run, args=(inbox,), name="worker", daemon=True).start()
+            _thread.start_new_thread(self._run, (inbox,))  # a Thread would have us wait until it runs
         inbox.put(item)
 
     def _run(self, inbox):
@@ -2616,6 +2624,7 @@ class EchoServer(ThreadingHTTPServer):
 def start(settings, log):
     """Listen, and serve in a thread of its own; returns the Server, or exits when the port cannot be had."""
     raise_file_limit(settings.max_connections)
+    gc.freeze()  # what is loaded stays: the collector need not go through it again and again
     try:
         server = Server(settings, log)
     except OSError as error:

@@ -1585,11 +1585,13 @@ def test_nothing_leaks_after_hundreds_of_aborted_requests(server, upstream, coun
         call.chunk(b"half")
         call.was_left()
     upstream.play = play
+    threads = len(os.listdir("/proc/self/task"))
     for n in range(count):
         sock = server.ask("POST", "/api/chat", CHAT if n % 2 else CHAT[:20], Content_Length=str(len(CHAT)))
         leave(sock, n % 3 == 0)
     until(lambda: not server.server.clients)
-    until(lambda: sum(thread.name == "worker" for thread in threading.enumerate()) < 5)
+    until(lambda: len(server.server.workers._idle) == 0)
+    until(lambda: len(os.listdir("/proc/self/task")) <= threads + 5)
     carrier = server.server.carrier
     until(lambda: len(carrier._held) == 1 and len(carrier._selector.get_map()) == 1)
 
