@@ -204,9 +204,11 @@ def tokens(text):
         name, token = (name.strip(), token) if colon else ("default", word)
         if not NAME_TEXT.fullmatch(name):
             raise ValueError("expected token, or name:token, name:token, with names of letters, digits and . _ -")
+        if not token:
+            raise ValueError(f"{name} has no token")
         pairs.append((name, secret(token).encode()))
-    if not pairs or len({token for _, token in pairs}) < len(pairs):
-        raise ValueError("there is no token, or one of them twice")
+    if len({token for _, token in pairs}) < max(1, len(pairs)):
+        raise ValueError("two names have the same token" if pairs else "expected token, or name:token, name:token")
     return tuple(pairs)
 
 
@@ -443,7 +445,9 @@ class Sources:
             return []
         from difflib import get_close_matches  # rarely needed, and slow to load
 
-        return [f"{name} is not a setting; the nearest is {get_close_matches(name, known, 1, 0)[0]}" for name in strange]
+        return [f"{name} is not a setting; the nearest is {get_close_matches(name, known, 1, 0)[0]}"
+                if not name.startswith("PROXY_KEY_") else f"{name} is of no use: no upstream has that name"
+                for name in strange]
 
     def _read(self, path, name):
         try:
@@ -1023,6 +1027,10 @@ class Doorman:
         if not self.is_open and host and not names_loopback(host):
             raise Refused(f"without a token only localhost is served, not the host {host}: set PROXY_AUTH_TOKEN "
                           "(off opens the proxy to whoever reaches it)", 403)
+        chain = head.get("x-forwarded-for")
+        if not self.is_open and not all(is_loopback(word.strip()) for word in chain.split(",") if word.strip()):
+            raise Refused("without a token only this machine is served, and this request was forwarded for another: "
+                          "set PROXY_AUTH_TOKEN", 403)
         if not origin and head.get("sec-fetch-site") == "cross-site" and head.get("sec-fetch-mode") != "navigate":
             raise Refused("without a token other sites' pages may not ask here", 403)
 
@@ -1033,7 +1041,7 @@ class Doorman:
         presented = credentials(head, target.token)
         name = caller_name(self.tokens, presented)
         if name is None:
-            words = ("this token is not known here" if presented else
+            words = ("this token is not one of PROXY_AUTH_TOKEN" if presented else
                      "a token is needed: send it as Authorization: Bearer TOKEN, or in the path, /t/TOKEN/...")
             raise Refused(words, 401, [("WWW-Authenticate", "Bearer")])
         return name
@@ -1132,11 +1140,11 @@ def text_line(entry):
         return f"{clock} {entry['level']} {entry['event']}: {printable(entry['words'], 2000)}"
     waited = "" if entry["first_byte_ms"] is None else f" first byte {entry['first_byte_ms'] / 1000:.2f} s,"
     counts = ("" if entry["tokens_out"] is None and entry["tokens_in"] is None else
-              f", {entry['tokens_in'] or 0} + {entry['tokens_out'] or 0} tokens")
+              f", tokens {entry['tokens_in']} in, {entry['tokens_out']} out")
     words = [clock, entry["method"], entry["path"], entry["model"], entry["status"] or "---", entry["outcome"],
              entry["caller"], entry["client"]]
     line = " ".join(printable(word) for word in words if word is not None)
-    return f"{line}{waited} {entry['total_ms'] / 1000:.2f} s, {entry['bytes_out']} bytes{counts}"
+    return f"{line}{waited} all {entry['total_ms'] / 1000:.2f} s, {entry['bytes_out']} bytes{counts}"
 
 
 class Log:
@@ -1693,6 +1701,8 @@ class Upstream(urllib.request.BaseHandler):
             words = str(error) if error.errno else f"no connection within {self._connect_timeout:g} seconds"
         except ssl.SSLCertVerificationError as error:
             words = f"its certificate is not trusted ({error.verify_message}); SSL_CERT_FILE can name more authorities"
+        except ssl.SSLError as error:
+            words = f"TLS failed ({error.reason or error}); does it speak https?"
         except (OSError, EOFError, Malformed) as error:
             words = getattr(error, "strerror", None) or str(error)
         else:
@@ -2180,6 +2190,8 @@ class Handler(BaseRequestHandler):
         self.cors = self.doorman.cors(head)
         if head.method in ("CONNECT", "TRACE"):
             raise Refused(f"{head.method} is not for this proxy", 405, [("Allow", "GET, HEAD, POST, PUT, DELETE")])
+        if self.server.name in "".join(head.all("via")):
+            raise Refused("this request has come from this proxy itself: PROXY_UPSTREAMS names it as its upstream", 508)
         expected = head.get("expect").lower()
         self.upload = Upload(client, head.size(), bool(expected), settings.client_timeout)
         if expected not in ("", "100-continue"):
@@ -2199,7 +2211,7 @@ class Handler(BaseRequestHandler):
         if target.is_own:
             page = OWN_PAGES.get(target.path)
             if page is None:
-                raise Refused(f"there is no page {printable(target.path)} here", 404)
+                raise Refused(f"there is no page {printable(target.shown)} here", 404)
             if not reads:
                 raise Refused("this page is only to be read", 405, [("Allow", "GET, HEAD")])
             return page(self)
@@ -2254,7 +2266,7 @@ class Handler(BaseRequestHandler):
             lines.append(f"Content-Length: {length if held else self.upload.declared}\r\n")
         elif self.upload.declared == CHUNKED:
             lines.append("Transfer-Encoding: chunked\r\n")
-        lines.append(f"X-Forwarded-For: {', '.join((*chain, client.address))}\r\n"
+        lines.append(f"Via: 1.1 {self.server.name}\r\nX-Forwarded-For: {', '.join((*chain, client.address))}\r\n"
                      f"X-Forwarded-Proto: {trusted and head.get('x-forwarded-proto') or 'http'}\r\n"
                      f"X-Request-Id: {self.record.id}\r\n")
         host = trusted and head.get("x-forwarded-host") or head.get("host")
@@ -2279,6 +2291,9 @@ class Handler(BaseRequestHandler):
         lines += self.closing_lines(exchange.keep)
         lines.append(f"X-Proxy-Upstream: {upstream.name}\r\nX-Accel-Buffering: no\r\n")
         record.answered(answer.head.status)
+        if answer.head.status == 401:
+            server.complain("key", f"upstream {upstream.name} answers 401: " + (
+                "it refuses the key" if upstream.key else f"it wants a key, {upstream.address.key_name}"))
         reason = answer.head.reason
         if upstream.key and upstream.key in reason:
             reason = ""
@@ -2411,7 +2426,8 @@ class Server(ThreadingHTTPServer):
         self.settings, self.log = settings, log
         self.draining = self.stopping = False
         self.clients = set()
-        self._complained = float("-inf")
+        self.name = "ollama_proxy-" + os.urandom(4).hex()  # by which it knows its own requests
+        self._complained = {}
         if ":" in settings.host:
             self.address_family = socket.AF_INET6
         super().__init__((settings.host, settings.port), Handler)
@@ -2438,7 +2454,7 @@ class Server(ThreadingHTTPServer):
             return super().get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                self.complain(f"no descriptors are left for more clients ({error.strerror}): raise LimitNOFILE")
+                self.complain("limit", f"no descriptors are left for more clients ({error.strerror}): raise LimitNOFILE")
                 time.sleep(self.PAUSE)
             raise
 
@@ -2448,7 +2464,7 @@ class Server(ThreadingHTTPServer):
         client = Client(request, client_address[0].partition("%")[0], set() if crowded else self.clients)
         if not crowded:
             return self.workers.put(client)
-        self.complain(f"more than {self.settings.max_connections} clients (PROXY_MAX_CONNECTIONS): some get 503")
+        self.complain("limit", f"more than {self.settings.max_connections} clients (PROXY_MAX_CONNECTIONS): some get 503")
         body = error_body("", 503, "too many clients are connected to the proxy", None)
         client.send(head_bytes("HTTP/1.1 503 Service Unavailable\r\n", [
             "Content-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n",
@@ -2464,16 +2480,16 @@ class Server(ThreadingHTTPServer):
             client.close(abruptly=True)
 
     def handle_error(self, request, client_address):
-        self.complain(f"a client could not be taken: {sys.exc_info()[1]}")
+        self.complain("limit", f"a client could not be taken: {sys.exc_info()[1]}")
 
     def service_actions(self):
         self.upstream.pool.prune()
 
-    def complain(self, words):
+    def complain(self, event, words):
         """Log what may happen very often, once a minute."""
-        if time.monotonic() - self._complained > 60:
-            self._complained = time.monotonic()
-            self.log.event("warning", "limit", words)
+        if time.monotonic() - self._complained.get(event, float("-inf")) > 60:
+            self._complained[event] = time.monotonic()
+            self.log.event("warning", event, words)
 
     def reload(self, environ):
         """Read the settings again; bad ones change nothing."""
@@ -2530,6 +2546,7 @@ class Echo(BaseHTTPRequestHandler):
     """The demo's upstream: a model that says the prompt back, word by word, in three dialects."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     MODEL = {"model": "echo"}
     LISTED = {**MODEL, "name": "echo", "modified_at": "2026-01-01T00:00:00Z", "size": 0, "digest": "", "details": {
         "format": "", "family": "echo", "parameter_size": "0B", "quantization_level": ""}}
@@ -2710,7 +2727,7 @@ def serve(environ):
     for words in warnings:
         log.event("warning", "settings", words)
     who = "whoever reaches it" if settings.auth_token == OFF else (
-        f"{len(settings.auth_token)} tokens" if settings.auth_token else "this machine only, without a token")
+        "whoever has a token" if settings.auth_token else "this machine only, without a token")
     log.event("info", "start", f"ollama_proxy {__version__} listens on {server.url} for {who}, "
               f"and asks {', '.join(f'{a.name} ({a})' for a in settings.upstreams)}")
     return run(server, signals, environ)
@@ -2721,24 +2738,23 @@ def demo(environ):
     signals = catch_signals()
     echo = EchoServer(("127.0.0.1", 0), Echo)
     threading.Thread(target=echo.serve_forever, name="echo", daemon=True).start()
-    own = {"PROXY_UPSTREAMS": f"demo=http://127.0.0.1:{echo.server_port}", "PROXY_ENV_FILE": os.devnull}
-    own["PROXY_PORT"] = environ.get("PROXY_PORT") or "0"
-    settings, _ = Settings.load({**environ, **own})
+    kept = {name: environ[name] for name in ("PROXY_LOG", "PROXY_LOG_FORMAT") if name in environ}
+    environ = {"PROXY_UPSTREAMS": f"demo=http://127.0.0.1:{echo.server_port}", "PROXY_ENV_FILE": os.devnull,
+               "PROXY_PORT": environ.get("PROXY_PORT") or "0", **kept}
+    settings, _ = Settings.load(environ)
     server = start(settings, open_log(settings))
-    token = settings.auth_token[0][1].decode() if settings.auth_token and settings.auth_token != OFF else ""
     said = {"model": "echo", "messages": [{"role": "user", "content": "Every word comes the moment it is said."}]}
     print(f"A model that echoes, behind the real proxy at {server.url}, streams:\n\n    ", end="", flush=True)
-    request = urllib.request.Request(server.url + "/api/chat", json.dumps(said).encode(),
-                                     {"Authorization": "Bearer " + token} if token else {})
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(server.url + "/api/chat", json.dumps(said).encode()) as answer:
         for line in answer:
             print(json.loads(line)["message"]["content"], end="", flush=True)
-    bearer = " -H 'Authorization: Bearer '\"$PROXY_AUTH_TOKEN\"" if token else ""
-    said["stream"] = True
-    print(f"\n\nTry it (Ctrl-C ends it):\n\n  curl -N{bearer} {server.url}/api/generate "
-          f"""-d '{{"model": "echo", "prompt": "hello from curl"}}'\n"""
-          f"""  curl -N{bearer} {server.url}/v1/chat/completions -d '{json.dumps(said)}'\n""", flush=True)
-    return run(server, signals, {**environ, **own})
+    print(f"""\n\nTry it (Ctrl-C ends it):
+
+  curl -N {server.url}/api/generate -d '{{"model": "echo", "prompt": "hello from curl"}}'
+  curl -N {server.url}/v1/chat/completions -d '{json.dumps({**said, "stream": True})}'
+""", flush=True)
+    return run(server, signals, environ)
 
 
 def check(environ):
@@ -2748,9 +2764,8 @@ def check(environ):
         print(f"{name:<24}{value or '-'}")
     for words in warnings:
         print(f"warning: {words}")
-    log = open_log(settings)
+    log = Log(os.devnull)  # what it would say is printed
     good = [probe(Upstream(address, settings, log)) for address in settings.upstreams]
-    log.close()
     return 0 if all(good) else 1
 
 
@@ -2800,7 +2815,8 @@ def parse_arguments(arguments):
 
     width = max(len(setting.name) for setting in SETTINGS) + 2
     table = "\n".join(f"  {setting.name:<{width}}{setting.help.replace('`', '')}"
-                      + (f" [{setting.default}]" if setting.default else "") for setting in SETTINGS)
+                      + (f" [{setting.default}]" if setting.default else "")
+                      + (f" (also {', '.join(setting.aliases)})" if setting.aliases else "") for setting in SETTINGS)
     parser = argparse.ArgumentParser(
         prog="ollama_proxy.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="A streaming proxy in front of Ollama Cloud, Ollama or anything that speaks their APIs.",

@@ -190,6 +190,12 @@ def test_the_environment_wins_over_the_env_file_and_an_empty_value_is_none(tmp_p
     assert (settings.port, settings.drain, settings.prefix) == (5, 2, "/x")
 
 
+@pytest.mark.parametrize("value, words", [("ann:", "ann has no token"), ("ann:x,bob:x", "two names have the same token"), (",", "expected token"),
+                                          ("a b:x", "expected token")])
+def test_a_list_of_tokens_with_a_fault_is_refused(value, words):
+    assert words in complaints(PROXY_AUTH_TOKEN=value)
+
+
 def test_a_bad_line_of_the_env_file_is_named_by_number_only(tmp_path):
     (tmp_path / "env").write_text("A=1\nsk-secret\n")
     assert complaints(PROXY_ENV_FILE=str(tmp_path / "env")).endswith("line 2: expected KEY=VALUE")
@@ -545,7 +551,7 @@ class Running:
 
     def __init__(self, path, upstream, **environ):
         self.log_path = path
-        settings = load(PROXY_PORT="0", PROXY_LOG=str(path), **{"PROXY_UPSTREAMS": f"cloud=http://127.0.0.1:{upstream.port}",
+        settings = load(PROXY_LOG=str(path), **{"PROXY_PORT": "0", "PROXY_UPSTREAMS": f"cloud=http://127.0.0.1:{upstream.port}",
                                                               "OLLAMA_API_KEY": "sk-upstream", **environ})
         self.log = proxy.Log(settings.log, settings.log_format)
         self.server = proxy.Server(settings, self.log)
@@ -870,7 +876,7 @@ def test_an_answer_that_comes_compressed_passes_untouched(server, upstream):
 
 @pytest.mark.parametrize("trusted, forwarded", [("", ("127.0.0.1", "http", "localhost")), ("127.0.0.1", ("6.6.6.6, 127.0.0.1", "https", "pub"))])
 def test_forwarded_headers_are_set_and_believed_from_trusted_peers_only(serve, upstream, trusted, forwarded):
-    server = serve(PROXY_TRUSTED=trusted)
+    server = serve(PROXY_TRUSTED=trusted, PROXY_AUTH_TOKEN="off")
     server.get("GET", "/api/tags", X_Forwarded_For="6.6.6.6", X_Forwarded_Proto="https", X_Forwarded_Host="pub", Forwarded="for=6.6.6.6",
                X_Real_Ip="6.6.6.6")
     call, = upstream.calls
@@ -1515,6 +1521,26 @@ def test_without_a_token_only_loopback_app_and_listed_origins_are_served(serve, 
     got, headers, _ = server.get("POST", "/api/chat", CHAT, Origin=origin)
     assert got == status and len(upstream.calls) == (status == 200)
     assert (headers["Access-Control-Allow-Origin"], "Origin" in headers["Vary"]) == (origin if status == 200 else None, True)
+
+
+def test_without_a_token_what_was_forwarded_for_another_machine_is_refused(server):
+    assert server.get("GET", "/api/tags", X_Forwarded_For="127.0.0.1")[0] == 200
+    assert server.get("GET", "/api/tags", X_Forwarded_For="203.0.113.5, 127.0.0.1")[0] == 403
+
+
+def test_a_proxy_that_is_its_own_upstream_says_so(serve, upstream):
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    server = serve(PROXY_PORT=str(port), PROXY_UPSTREAMS=f"cloud=http://127.0.0.1:{port}")
+    status, _, body = server.get("POST", "/api/chat", CHAT)
+    assert status == 508 and b"PROXY_UPSTREAMS" in body and len(server.lines(2)) == 2
+
+
+def test_an_upstream_that_refuses_the_key_is_a_warning(server, upstream):
+    upstream.play = lambda call: call.send(b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n")
+    assert server.get("POST", "/api/chat", CHAT)[0] == 401
+    server.lines()
+    assert "upstream cloud answers 401: it refuses the key" in server.log_path.read_text()
 
 
 def test_without_a_token_neither_an_absolute_target_nor_a_second_origin_gets_by(server, upstream):
