@@ -21,6 +21,7 @@ soak: $(VENV)/ready  ## Run the slow tests: thousands of aborted requests, gigab
 	$(VENV)/bin/python -m pytest -q -k soak -p no:cacheprovider test_ollama_proxy.py
 
 bench:  ## Measure beside nginx and the direct connection (BENCH names the benchmark)
+	@test -x $(BENCH) || { echo "make: $(BENCH) is not there; BENCH=... names the streaming-proxy benchmark"; exit 1; }
 	$(BENCH) --markdown --launch "ours=env OLLAMA_API_KEY=k PROXY_UPSTREAMS=cloud={upstream} PROXY_PORT={port} {python} '$(CURDIR)/ollama_proxy.py'"
 
 toc:  ## List the file's sections

@@ -147,8 +147,8 @@ def parser(pattern, expected, convert=str, low=None, high=None):
     return parse
 
 
-seconds = parser(r"[0-9]{1,9}(\.[0-9]{1,6})?", "seconds, more than 0", float, 0.001)
-seconds_or_zero = parser(r"[0-9]{1,9}(\.[0-9]{1,6})?", "seconds, or 0", float)
+seconds = parser(r"[0-9]{1,6}(\.[0-9]{1,6})?", "seconds, more than 0 and less than a million", float, 0.001)
+seconds_or_zero = parser(r"[0-9]{1,6}(\.[0-9]{1,6})?", "seconds, or 0", float)
 switch = parser(r"(?i)on|true|yes|1|off|false|no|0", "on or off", lambda text: text.lower() in ("on", "true", "yes", "1"))
 mount_path = parser(r"(/[\x21-\x22\x24-\x2e\x30-\x3e\x40-\x7e]+)*/*", "a path such as /api/ollama-proxy",
                     lambda text: text.rstrip("/"))
@@ -665,7 +665,6 @@ class Target(namedtuple("Target", "path query token shown")):
         return self.path in ("", "/") or self.path.startswith("/-/")
 
 
-@lru_cache(maxsize=1024)
 def parse_target(target, prefix=""):
     """Repair what clients make of a base URL; percent-escapes and the query stay as they came.
 
@@ -686,6 +685,9 @@ def parse_target(target, prefix=""):
     if DOT_SEGMENT.search(decoded.decode("latin-1")):
         raise Refused("a path here has no . or .. segments")
     return Target(repair(path), mark + query, token, shown)
+
+
+short_target = lru_cache(maxsize=1024)(parse_target)  # for those of usual length: what is kept is bounded
 
 
 def strip_mounts(path, prefix):
@@ -751,11 +753,10 @@ def head_bytes(first_line, lines):
 # Where a body ends, whatever pieces it comes in, and the little that is read of
 # one: the model that a request names, the tokens that an answer counts.
 
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]*)?")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]{0,4000})?")
 CHUNK_LINE_LIMIT, TRAILER_LIMIT = 4096, 8192
 
 
-@lru_cache(maxsize=4096)
 def chunk_size(line):
     """The size in a chunk's line.
 
@@ -768,6 +769,9 @@ def chunk_size(line):
     return int(match[1], 16)
 
 
+short_size = lru_cache(maxsize=4096)(chunk_size)
+
+
 class Decoder:
     """Follows one body through whatever pieces it comes in.
 
@@ -776,16 +780,20 @@ class Decoder:
 
     BULK = 4096  # bytes from which on chunks are worth taking by the dozen
 
-    __slots__ = ("feed", "size", "done", "rest", "_left", "_line", "_trailer")
+    __slots__ = ("size", "done", "rest", "_left", "_line", "_trailer")
 
     def __init__(self, size):
-        self.feed = {CHUNKED: self._chunks, UNTIL_CLOSE: bytes}.get(size, self._counted)  # returns the payload in bytes
         self.size, self.done, self.rest = size, size == 0, b""
         self._left = size if size > 0 else 0  # of the body, or of the chunk that is being read
         self._line = b"\r\n"  # an unfinished size line: the CRLF that ends a chunk is read as part of the next line
         self._trailer = False
 
-    def _counted(self, data):
+    def feed(self, data):
+        """Return the payload among these bytes; raises Malformed."""
+        if self.size == CHUNKED:
+            return self._chunks(data)
+        if self.size == UNTIL_CLOSE:
+            return data
         payload = data[:self._left]
         self._left -= len(payload)
         if not self._left:
@@ -798,7 +806,7 @@ class Decoder:
             return b""
         end = data.find(b"\r\n")
         if not self._left and self._line == b"\r\n" and end > 0 and data.endswith(b"\r\n"):
-            size = chunk_size(data[:end])
+            size = short_size(data[:end]) if end <= 16 else 0
             if size and len(data) == end + size + 4:  # nearly always: what has come is one chunk
                 return data[end + 2:-2]
         at, left, pieces, many = 0, self._left, [], len(data) > self.BULK
@@ -818,7 +826,7 @@ class Decoder:
             if end < 0 or not data.startswith(b"\r\n", at):
                 self._keep_line(data[at:])
                 break
-            left = chunk_size(data[at + 2:end])
+            left = (short_size if end - at <= 18 else chunk_size)(data[at + 2:end])
             at = end + 2
             if not left:
                 self._trailer = True
@@ -834,7 +842,7 @@ class Decoder:
         sizes, chunks = parts[1:-2:2], parts[2:-2:2]
         sizes, lengths = sizes[:len(chunks)], [*map(len, chunks)]
         try:
-            if 0 in lengths or lengths != [*map(chunk_size, sizes)]:
+            if parts[0] or 0 in lengths or max(map(len, sizes), default=99) > 16 or lengths != [*map(short_size, sizes)]:
                 return 0
         except Malformed:  # or a chunk that holds a CRLF
             return 0
@@ -859,10 +867,12 @@ class Decoder:
 
 
 STRUCTURE = re.compile(rb'["{}\[\]]')
-STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.S)
-MODEL_FIRST = re.compile(rb'\s*\{\s*"model"\s*:\s*(' + STRING.pattern + rb")", re.S)
-SIMPLE_STRING = re.compile(rb'"[ !#-\[\]-~]*"')
+# Bounded, since the matcher takes memory for each repetition, and holds up all threads while it runs.
+STRING_PART = re.compile(rb'[^"\\]{0,100000}(?:\\.[^"\\]{0,1000}){0,500}', re.S)
+MODEL_FIRST = re.compile(rb'\s*\{\s*"model"\s*:\s*("[^"\\]{0,500}")')
+ESCAPED_MODEL = re.compile(rb"\\u006[4c-fC-F]")  # a letter of the key, as nobody but an attacker writes it
 COLON = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*")
+PATIENCE = 500_000  # brackets and strings that are looked at: more, and no name is found
 
 
 def members(body):
@@ -877,46 +887,51 @@ def members(body):
     found, depth, at, key = {}, 0, 0, None
     if body[:64].lstrip(b" \t\r\n")[:1] != b"{":
         return {}
-    while True:
+    for _ in range(PATIENCE):
         token = STRUCTURE.search(body, at)
         if not token:
             return {}
-        at = token.end()
-        mark = token.group()
+        begin, at, mark = token.start(), token.end(), token.group()
         if mark == b'"':
-            string = STRING.match(body, at - 1)
-            if not string:
+            at = string_end(body, at)
+            if not at:
                 return {}
-            at = string.end()
-            if depth == 1:
-                colon = COLON.match(body, at)
-                if colon:
-                    key, at = string.group()[1:-1], colon.end()
-                    if b"\\" in key:
-                        key = (json_string(string.group()) or "").encode("utf-8", "replace")
-                    found[key] = b""
-                elif key is not None:
-                    found[key], key = string.group(), None
+            colon = COLON.match(body, at) if depth == 1 else None
+            if colon:
+                key, at = (json_string(body[begin:at]) or "").encode("utf-8", "replace"), colon.end()
+                found[key] = b""
+            elif depth == 1 and key is not None:
+                found[key], key = body[begin:at], None
         elif mark in b"{[":
             depth, key = depth + 1, None
         else:
             depth -= 1
             if depth == 0:
                 return found
+    return {}
+
+
+def string_end(body, at):
+    """The index behind the JSON string whose content begins at `at`, None if it does not end."""
+    while True:
+        end = STRING_PART.match(body, at).end()
+        if body[end:end + 1] == b'"':
+            return end + 1
+        if end == at:
+            return None
+        at = end
 
 
 def named_model(body):
     """The model that a request's JSON names, None if it names none."""
     match = MODEL_FIRST.match(body)
-    if match and body.count(b'"model"') == 1 and b"\\u" not in body:  # nearly always: no other can be meant
+    if match and body.count(b'"model"') == 1 and not ESCAPED_MODEL.search(body):  # nearly always: it can mean no other
         return json_string(match[1])
     return json_string(members(body).get(b"model", b""))
 
 
 def json_string(raw):
     """Decode a raw JSON string; None if it is none."""
-    if SIMPLE_STRING.fullmatch(raw):
-        return raw[1:-1].decode()
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError):
@@ -1049,12 +1064,9 @@ class Doorman:
     def cors(self, head):
         """The header lines by which a browser lets its page read the answer."""
         origin = head.get("origin")
-        if not origin:
-            return ["Vary: Origin\r\n"] if not self.any_origin else []
-        if not self.allows_origin(origin):
-            return ["Vary: Origin\r\n"]
-        lines = ["Access-Control-Allow-Origin: *\r\n"] if self.any_origin else [
-            f"Access-Control-Allow-Origin: {origin}\r\n", "Vary: Origin\r\n"]
+        if not origin or not self.allows_origin(origin):
+            return [] if self.any_origin else ["Vary: Origin\r\n"]
+        lines = self.cors_unseen or [f"Access-Control-Allow-Origin: {origin}\r\n", "Vary: Origin\r\n"]
         return lines + ["Access-Control-Expose-Headers: X-Request-Id, X-Proxy-Upstream, Retry-After\r\n"]
 
 
@@ -1227,7 +1239,10 @@ class Log:
 
     def _write(self, data):
         while data:
-            data = data[self._stream.write(data):]
+            written = self._stream.write(data)
+            if written is None:  # somebody else made it non-blocking, and it is full
+                time.sleep(self.GATHER)
+            data = data[written or 0:]
 
 
 # ---- Wires ------------------------------------------------------------------
@@ -1372,8 +1387,7 @@ def dial(address, proxy, context, deadline, client):
 
     Returns a Wire. Raises OSError, EOFError, TimeoutError, ClientLeft, Malformed.
     """
-    host, port = proxy[:2] if proxy else (address.host, address.port)
-    places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    places = resolve(*(proxy[:2] if proxy else (address.host, address.port)), deadline, client)
     for number, place in enumerate(places):
         now = time.monotonic()
         share = now + (deadline - now) / (len(places) - number)  # a dead address leaves time for the next
@@ -1392,6 +1406,27 @@ def dial(address, proxy, context, deadline, client):
         wire.close()
         raise
     return wire
+
+
+def resolve(host, port, deadline, client):
+    """Look up a host's addresses, in a thread where that may ask the network: it can be neither timed nor stopped."""
+    if re.fullmatch(r"[0-9.]+|.*:.*", host):
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    found, (bell, ring) = [], socket.socketpair()
+
+    def look_up():
+        with ring:
+            try:
+                found.append(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            except (OSError, ValueError) as error:
+                found.append(error)
+
+    with bell:
+        _thread.start_new_thread(look_up, ())
+        wait(Wire(bell), select.POLLIN, deadline, client)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
 
 
 def connect(place, deadline, client):
@@ -1524,7 +1559,10 @@ class Upload:
         try:
             if self._expects:
                 self._expects = False
-                push(self._client, b"HTTP/1.1 100 Continue\r\n\r\n", deadline)
+                self._client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        except OSError as error:
+            raise ClientLeft("the client left before its body") from error
+        try:
             while not wait(self._client, select.POLLIN, deadline, also=upstream):
                 if upstream.look():
                     return False
@@ -1566,10 +1604,8 @@ class Ask(urllib.request.Request):
                 yield b"0\r\n\r\n"
 
 
-class Answer(namedtuple("Answer", "head decoder wire keep")):
-    """An upstream's answer, its body still to come on the wire, which is good for another request if it `keep`s."""
-
-    __slots__ = ()
+# An upstream's answer, its body still to come on the wire, which is good for another request if it `keep`s.
+Answer = namedtuple("Answer", "head decoder wire keep")
 
 
 class Pool:
@@ -1620,6 +1656,7 @@ class Upstream(urllib.request.BaseHandler):
 
     def __init__(self, address, settings, log):
         self.address, self.key, self.name = address, settings.key(address), address.name
+        self.mask = self.key if len(self.key) >= 12 else ""  # a placeholder is no secret, but may be any word
         self.pool = Pool()
         self._connect_timeout, self._read_timeout = settings.connect_timeout, settings.read_timeout
         self._log = log
@@ -1653,6 +1690,8 @@ class Upstream(urllib.request.BaseHandler):
         A kept wire that proves stale is replaced, and the request sent again, when not a byte of an answer has
         come and nothing can have been executed twice.
         """
+        if not ask.head:  # is_reachable() wants no more than a wire
+            return self._dial(ask)
         while True:
             wire = self.pool.take()
             kept = wire is not None
@@ -1677,7 +1716,7 @@ class Upstream(urllib.request.BaseHandler):
             if time.monotonic() - self._seen_at > self.FRESH:
                 wire = self.pool.take()
                 try:
-                    self.pool.put(wire or self._dial(self._new_ask()))
+                    self.pool.put(wire or self._opener.open(self._new_ask()))
                     self._note(True)
                 except Unreachable:
                     return False
@@ -1691,11 +1730,11 @@ class Upstream(urllib.request.BaseHandler):
 
     def _dial(self, ask):
         proxy = None
-        if ask.host != self.address.netloc:  # ProxyHandler has put its own there
-            place = urlsplit("//" + ask.host)
-            proxy = place.hostname, place.port or 80, ask.get_header("Proxy-authorization")
-        context = tls_context() if self.address.scheme == "https" else None
         try:
+            if ask.host != self.address.netloc:  # ProxyHandler has put its own there
+                place = urlsplit("//" + ask.host)
+                proxy = place.hostname, place.port or 80, ask.get_header("Proxy-authorization")
+            context = tls_context() if self.address.scheme == "https" else None
             wire = dial(self.address, proxy, context, time.monotonic() + self._connect_timeout, ask.client)
         except TimeoutError as error:
             words = str(error) if error.errno else f"no connection within {self._connect_timeout:g} seconds"
@@ -1703,7 +1742,7 @@ class Upstream(urllib.request.BaseHandler):
             words = f"its certificate is not trusted ({error.verify_message}); SSL_CERT_FILE can name more authorities"
         except ssl.SSLError as error:
             words = f"TLS failed ({error.reason or error}); does it speak https?"
-        except (OSError, EOFError, Malformed) as error:
+        except (OSError, EOFError, ValueError, Malformed) as error:  # a ValueError: of a host name, or of HTTPS_PROXY
             words = getattr(error, "strerror", None) or str(error)
         else:
             self._note(True)
@@ -1814,7 +1853,7 @@ class Exchange:
     def __init__(self, client, answer, record, upstream, settings):
         self.client, self.wire, self.answer, self.record = client, answer.wire, answer, record
         self._pool = upstream.pool
-        self._mask = Mask(upstream.key.encode()) if upstream.key and answer.head.status >= 300 else None
+        self._mask = Mask(upstream.mask.encode()) if upstream.mask and answer.head.status >= 300 else None
         self.out, self.chunked, self.keep, self.outcome = b"", False, False, None
         self.deadline, self.blocked, self._tail = FOR_EVER, False, b""
         self._silence, self._stall = settings.read_timeout or FOR_EVER, 4 * settings.client_timeout
@@ -1901,7 +1940,7 @@ class Carrier(threading.Thread):
     def __init__(self, resume, log, settings):
         super().__init__(name="carrier", daemon=True)
         self.resume, self.log, self.settings = resume, log, settings
-        self.draining = False
+        self.draining, self.stopped = False, threading.Event()
         self._selector = selectors.DefaultSelector()
         self._inbox = deque()  # (method, argument) from other threads
         self._bell, bell = socket.socketpair()
@@ -1932,8 +1971,9 @@ class Carrier(threading.Thread):
         self._call(self._drain, None)
 
     def stop(self):
-        """Cut what is left."""
+        """Cut what is left, and come back when that is done."""
         self._call(self._stop, None)
+        self.stopped.wait(1)
 
     def _call(self, method, argument):
         self._inbox.append((method, argument))
@@ -1959,9 +1999,15 @@ class Carrier(threading.Thread):
                 self._next_look = now + self.TICK
                 for held, expire in [*self._held.items()]:
                     if expire and now > held.deadline:
-                        expire(held)
+                        self._guard(expire, held)
                     elif isinstance(held, Exchange) and len(held.client.ahead) > self.AHEAD and held.client.has_left():
-                        self._finish(held, ClientLeft.outcome)
+                        self._guard(self._leave, held)
+
+    def _guard(self, method, held):
+        try:
+            method(held)
+        except Exception as bug:
+            self._drop(held, bug)
 
     def _drop(self, held, bug):
         self.log.event("error", "bug", f"the carrier dropped a connection: {describe(bug)}")
@@ -1973,11 +2019,7 @@ class Carrier(threading.Thread):
     def _open_inbox(self, bell, _):
         bell.recv(4096)
         while self._inbox:
-            method, argument = self._inbox.popleft()
-            try:
-                method(argument)
-            except Exception as bug:
-                self._drop(argument, bug)
+            self._guard(*self._inbox.popleft())
 
     def _watch(self, wire, events, act=None, held=None):
         watched = wire.sock.fileno() >= 0 and wire.sock in self._selector.get_map()
@@ -1994,6 +2036,8 @@ class Carrier(threading.Thread):
         self._watch(exchange.client, READ | WRITE if exchange.blocked else READ, self._from_client, exchange)
         if not exchange.blocked:
             self._watch(exchange.wire, READ, self._from_upstream, exchange)
+        if self.stopped.is_set():
+            self._finish(exchange, "stopped")
 
     def _from_upstream(self, exchange, _):
         try:
@@ -2015,9 +2059,9 @@ class Carrier(threading.Thread):
             try:
                 client.look()
             except OSError:
-                return self._finish(exchange, ClientLeft.outcome)
+                return self._leave(exchange)
             if client.has_left():
-                return self._finish(exchange, ClientLeft.outcome)
+                return self._leave(exchange)
             if len(client.ahead) > self.AHEAD:
                 self._watch(client, WRITE if exchange.blocked else 0, self._from_client, exchange)
         if events & WRITE:
@@ -2028,7 +2072,7 @@ class Carrier(threading.Thread):
         try:
             exchange.flush(self._now)
         except OSError:
-            return self._finish(exchange, ClientLeft.outcome)
+            return self._leave(exchange)
         if exchange.over:
             return self._finish(exchange, exchange.outcome)
         blocked = bool(exchange.out)
@@ -2038,6 +2082,9 @@ class Carrier(threading.Thread):
             self._watch(exchange.client, hears | (WRITE if blocked else 0), self._from_client, exchange)
             if exchange.wire:
                 self._watch(exchange.wire, 0 if blocked else READ, self._from_upstream, exchange)
+
+    def _leave(self, exchange):
+        self._finish(exchange, ClientLeft.outcome)
 
     def _expire(self, exchange):
         self._finish(exchange, ClientLeft.outcome if exchange.out else Silent.outcome)
@@ -2116,6 +2163,7 @@ class Carrier(threading.Thread):
         self._drain(_)
         for held in [held for held in self._held if isinstance(held, Exchange)]:
             self._finish(held, "stopped")
+        self.stopped.set()
 
 
 def describe(bug):
@@ -2129,6 +2177,7 @@ def describe(bug):
 # ---- Handler ----------------------------------------------------------------
 
 OWN_VERSION = "0.33.0"  # of the Ollama API; what an upstream without /api/version is said to have
+JSON_TYPE = "Content-Type: application/json\r\n"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -2193,11 +2242,12 @@ class Handler(BaseRequestHandler):
         if self.server.name in "".join(head.all("via")):
             raise Refused("this request has come from this proxy itself: PROXY_UPSTREAMS names it as its upstream", 508)
         expected = head.get("expect").lower()
-        self.upload = Upload(client, head.size(), bool(expected), settings.client_timeout)
+        self.upload = Upload(client, head.size(), bool(expected and head.version), settings.client_timeout)
         if expected not in ("", "100-continue"):
             raise Refused("the only expectation met here is 100-continue", 417)
-        self.target = parse_target(head.target if head.target != "*" else "/", settings.prefix)
-        record.path = self.target.shown
+        parse = short_target if len(head.target) < 300 else parse_target
+        self.target = parse(head.target if head.target != "*" else "/", settings.prefix)
+        record.path = self.target.shown[:500]
         if settings.trusted:
             record.client = client_address(client.address, ",".join(head.all("x-forwarded-for")), settings.trusted)
 
@@ -2228,14 +2278,12 @@ class Handler(BaseRequestHandler):
         return 200, b"Ollama is running", ["Content-Type: text/plain; charset=utf-8\r\n"]
 
     def page_health(self):
-        return 200, b'{"status": "ok"}', ["Content-Type: application/json\r\n"]
+        return 200, b'{"status": "ok"}', [JSON_TYPE]
 
     def page_ready(self):
-        if self.server.draining:
-            return 503, b'{"status": "draining"}', ["Content-Type: application/json\r\n"]
-        if not self.upstream.is_reachable():
-            return 503, b'{"status": "no upstream can be reached"}', ["Content-Type: application/json\r\n"]
-        return self.page_health()
+        status = "draining" if self.server.draining else (
+            "ok" if self.upstream.is_reachable() else "no upstream can be reached")
+        return 200 if status == "ok" else 503, json.dumps({"status": status}).encode(), [JSON_TYPE]
 
     # What goes up:
 
@@ -2251,10 +2299,7 @@ class Handler(BaseRequestHandler):
                 path = "/v1/embeddings" if b"input" in members(body) else "/api/embeddings"
         asked = (head.method, path + self.target.query, self.lines_up(held, len(body)), body,
                  None if upload.done else upload, self.client)
-        try:
-            return self.give_version(asked) if path == "/api/version" else self.give(self.upstream.ask(*asked))
-        finally:
-            self.record.bytes_in = upload.received
+        return self.give_version(asked) if path == "/api/version" else self.give(self.upstream.ask(*asked))
 
     def lines_up(self, held, length):
         """The header lines of the request, but for the upstream's own Host and key."""
@@ -2280,7 +2325,7 @@ class Handler(BaseRequestHandler):
         """Send the answer's head and what of its body is there; the rest is the carrier's."""
         head, record, server, upstream = self.head, self.record, self.server, self.upstream
         exchange = Exchange(self.client, answer, record, upstream, self.settings)
-        lines = fields_down(answer.head, upstream.key)
+        lines = fields_down(answer.head, upstream.mask)
         size = answer.decoder.size
         exchange.chunked = size < 0 and head.version == 1
         if exchange.chunked:
@@ -2291,11 +2336,12 @@ class Handler(BaseRequestHandler):
         lines += self.closing_lines(exchange.keep)
         lines.append(f"X-Proxy-Upstream: {upstream.name}\r\nX-Accel-Buffering: no\r\n")
         record.answered(answer.head.status)
+        record.bytes_in = self.upload.received
         if answer.head.status == 401:
             server.complain("key", f"upstream {upstream.name} answers 401: " + (
                 "it refuses the key" if upstream.key else f"it wants a key, {upstream.address.key_name}"))
         reason = answer.head.reason
-        if upstream.key and upstream.key in reason:
+        if upstream.mask and upstream.mask in reason:
             reason = ""
         try:
             exchange.begin(head_bytes(f"HTTP/1.1 {answer.head.status} {reason}\r\n", lines))
@@ -2326,7 +2372,7 @@ class Handler(BaseRequestHandler):
         self.record.upstream = None
         self.record.answered(200)
         self.server.log.request(self.record, "ok")
-        return self.reply(200, json.dumps({"version": OWN_VERSION}).encode(), ["Content-Type: application/json\r\n"])
+        return self.reply(200, json.dumps({"version": OWN_VERSION}).encode(), [JSON_TYPE])
 
     def keeps(self):
         return self.head.keeps() and self.upload.done and not self.server.draining
@@ -2347,7 +2393,7 @@ class Handler(BaseRequestHandler):
         data = head_bytes(f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n", lines) + body
         try:
             push(self.client, data, time.monotonic() + self.settings.client_timeout)
-        except (OSError, TimeoutError):
+        except OSError:
             self.client.close()
             return False
         if not keep:
@@ -2357,6 +2403,7 @@ class Handler(BaseRequestHandler):
     def refuse(self, failure):
         """End the request with an error in the dialect of its path."""
         record, status, words, path = self.record, failure.status, str(failure), ""
+        record.bytes_in = self.upload.received if self.upload else 0
         outcome = failure.outcome
         if isinstance(failure, ClientLeft):
             if not self.server.stopping or not self.head:
@@ -2370,7 +2417,7 @@ class Handler(BaseRequestHandler):
             self.server.log.request(record, outcome)
         if self.target:
             path = self.target.path
-        lines = ["Content-Type: application/json\r\n", *(f"{name}: {value}\r\n" for name, value in failure.headers)]
+        lines = [JSON_TYPE, *(f"{name}: {value}\r\n" for name, value in failure.headers)]
         return self.reply(status, error_body(path, status, words, record.id), lines)
 
 
@@ -2461,14 +2508,20 @@ class Server(ThreadingHTTPServer):
     def process_request(self, request, client_address):
         """Give a new client a thread, or say that there are too many."""
         crowded = len(self.clients) >= self.settings.max_connections
-        client = Client(request, client_address[0].partition("%")[0], set() if crowded else self.clients)
+        address = client_address[0].partition("%")[0]
+        address = address[7:] if address.startswith("::ffff:") else address  # IPv4, on a socket for both
+        client = Client(request, address, set() if crowded else self.clients)
         if not crowded:
-            return self.workers.put(client)
+            try:
+                return self.workers.put(client)
+            except RuntimeError as error:
+                self.complain("limit", f"a client was sent away: {error}")
+                return client.close()
         self.complain("limit", f"more than {self.settings.max_connections} clients (PROXY_MAX_CONNECTIONS): some get 503")
         body = error_body("", 503, "too many clients are connected to the proxy", None)
         client.send(head_bytes("HTTP/1.1 503 Service Unavailable\r\n", [
-            "Content-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n",
-            f"Content-Length: {len(body)}\r\n"]) + body)
+            *self.rules[1].cors_unseen, "Content-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n",
+            f"X-Request-Id: {os.urandom(8).hex()}\r\nContent-Length: {len(body)}\r\n"]) + body)
         self.carrier.linger(client)
 
     def serve(self, client):
@@ -2496,7 +2549,7 @@ class Server(ThreadingHTTPServer):
         try:
             settings, warnings = Settings.load(environ)
             self.log.reopen(settings.log, settings.log_format)
-        except (SettingsError, OSError) as error:
+        except (ValueError, OSError) as error:
             for line in str(error).splitlines():
                 self.log.event("error", "reload", f"the old settings stay: {line}")
             return
@@ -2667,7 +2720,10 @@ def raise_file_limit(clients):
     wanted = 2 * clients + 64
     if soft != resource.RLIM_INFINITY and soft < wanted:
         limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        except (OSError, ValueError):  # a system with another limit yet: accepting will say so if it matters
+            return
 
 
 def run(server, signals, environ):
@@ -2707,8 +2763,8 @@ def catch_signals():
 def open_log(settings):
     try:
         return Log(settings.log, settings.log_format)
-    except OSError as error:
-        sys.exit(fail(f"PROXY_LOG={settings.log}: {error.strerror}", 2))
+    except (OSError, ValueError) as error:
+        sys.exit(fail(f"PROXY_LOG={settings.log!r}: {getattr(error, 'strerror', error)}", 2))
 
 
 def fail(words, status=1):
