@@ -149,7 +149,8 @@ def parser(pattern, expected, convert=str, low=None, high=None):
 
 seconds = parser(r"[0-9]{1,6}(\.[0-9]{1,6})?", "seconds, more than 0 and less than a million", float, 0.001)
 seconds_or_zero = parser(r"[0-9]{1,6}(\.[0-9]{1,6})?", "seconds, or 0", float)
-switch = parser(r"(?i)on|true|yes|1|off|false|no|0", "on or off", lambda text: text.lower() in ("on", "true", "yes", "1"))
+switch = parser(r"(?i)on|true|yes|1|off|false|no|0", "on or off",
+                lambda text: text.lower() in ("on", "true", "yes", "1"))
 mount_path = parser(r"(/[\x21-\x22\x24-\x2e\x30-\x3e\x40-\x7e]+)*/*", "a path such as /api/ollama-proxy",
                     lambda text: text.rstrip("/"))
 
@@ -311,9 +312,9 @@ SETTINGS = (
     Setting("prefix", "PROXY_PREFIX", "", mount_path, "mount path to strip, e.g. `/api/ollama-proxy`"),
     Setting("origins", "PROXY_ORIGINS", "", origins, "browser origins allowed beside loopback and app ones, `*` for "
             "all; unset, with tokens: all", ("OLLAMA_ORIGINS",)),
-    Setting("client_timeout", "PROXY_CLIENT_TIMEOUT", "15", seconds, "seconds a client has for the head of its request, "
-            "or may be silent inside its body; an idle kept connection, and a client that takes nothing of its answer, "
-            "have four times as long"),
+    Setting("client_timeout", "PROXY_CLIENT_TIMEOUT", "15", seconds, "seconds a client has for the head of its "
+            "request, or for 4 KiB more of its body; an idle kept connection, and a client that takes nothing of its "
+            "answer, have four times as long"),
     Setting("connect_timeout", "PROXY_CONNECT_TIMEOUT", "10", seconds, "seconds to connect and shake hands"),
     Setting("read_timeout", "PROXY_READ_TIMEOUT", "900", seconds_or_zero, "seconds an upstream may be silent; 0 is for "
             "ever"),
@@ -642,8 +643,8 @@ def fields_down(head, key):
 NATIVE = frozenset("generate chat tags show ps pull push create copy delete embed version me blobs "
                    "web_search web_fetch".split())
 OPENAI = frozenset("completions models responses messages".split())
-INFERENCE = frozenset("/api/generate /api/chat /api/embed /api/embeddings /embeddings /v1/chat/completions /v1/completions "
-                      "/v1/responses /v1/embeddings /v1/messages".split())
+INFERENCE = frozenset("/api/generate /api/chat /api/embed /api/embeddings /embeddings /v1/chat/completions "
+                      "/v1/completions /v1/responses /v1/embeddings /v1/messages".split())
 LISTS = frozenset(["GET /api/tags", "HEAD /api/tags", "GET /v1/models", "HEAD /v1/models", "POST /api/show"])
 OWN_ALIASES = {"/healthz": "/-/health", "/readyz": "/-/ready", "/metrics": "/-/metrics"}
 AUTHORITY = re.compile(r"https?://[^/?#]*", re.I)
@@ -757,6 +758,7 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]{0,4000}
 CHUNK_LINE_LIMIT, TRAILER_LIMIT = 4096, 8192
 
 
+@lru_cache(maxsize=1024)  # of lines of 4 KiB at the most
 def chunk_size(line):
     """The size in a chunk's line.
 
@@ -767,9 +769,6 @@ def chunk_size(line):
     if not match:
         raise Malformed("a chunk's size line is malformed")
     return int(match[1], 16)
-
-
-short_size = lru_cache(maxsize=4096)(chunk_size)
 
 
 class Decoder:
@@ -806,7 +805,7 @@ class Decoder:
             return b""
         end = data.find(b"\r\n")
         if not self._left and self._line == b"\r\n" and end > 0 and data.endswith(b"\r\n"):
-            size = short_size(data[:end]) if end <= 16 else 0
+            size = chunk_size(data[:end])
             if size and len(data) == end + size + 4:  # nearly always: what has come is one chunk
                 return data[end + 2:-2]
         at, left, pieces, many = 0, self._left, [], len(data) > self.BULK
@@ -826,7 +825,7 @@ class Decoder:
             if end < 0 or not data.startswith(b"\r\n", at):
                 self._keep_line(data[at:])
                 break
-            left = (short_size if end - at <= 18 else chunk_size)(data[at + 2:end])
+            left = chunk_size(data[at + 2:end])
             at = end + 2
             if not left:
                 self._trailer = True
@@ -842,7 +841,7 @@ class Decoder:
         sizes, chunks = parts[1:-2:2], parts[2:-2:2]
         sizes, lengths = sizes[:len(chunks)], [*map(len, chunks)]
         try:
-            if parts[0] or 0 in lengths or max(map(len, sizes), default=99) > 16 or lengths != [*map(short_size, sizes)]:
+            if parts[0] or 0 in lengths or lengths != [*map(chunk_size, sizes)]:
                 return 0
         except Malformed:  # or a chunk that holds a CRLF
             return 0
@@ -851,7 +850,8 @@ class Decoder:
 
     def _keep_line(self, line):
         """Remember the part of a size line that has come, unless it cannot become one any more."""
-        if len(line) > CHUNK_LINE_LIMIT or line[2:3].strip(b"0123456789abcdefABCDEF") or line[:2] != b"\r\n"[:len(line)] or b"\n" in line[2:]:
+        bad_start = line[:2] != b"\r\n"[:len(line)] or line[2:3].strip(b"0123456789abcdefABCDEF")
+        if bad_start or b"\n" in line[2:] or len(line) > CHUNK_LINE_LIMIT:
             raise Malformed("a chunk is not followed by a size line")
         self._line = line
 
@@ -939,7 +939,8 @@ def json_string(raw):
     return value if isinstance(value, str) else None
 
 
-COUNTS = re.compile(rb'"(?:(prompt_eval_count|prompt_tokens|input_tokens)|(eval_count|completion_tokens|output_tokens))"'
+COUNTS = re.compile(rb'"(?:(prompt_eval_count|prompt_tokens|input_tokens)|'
+                    rb'(eval_count|completion_tokens|output_tokens))"'
                     rb"\s*:\s*([0-9]{1,12})\b")
 ERROR_LINE = re.compile(rb'^(?:(?:data: ?)?\{"error":|event: ?(?:error|response\.failed)\b)', re.M)
 
@@ -1584,7 +1585,7 @@ class Ask(urllib.request.Request):
     """A request as urllib's handlers see it, and what it is to them only luggage.
 
     `selector` is the target; `head` all bytes of the head; then comes `body`, bytes in memory, or `upload`.
-    `client` is the wire to watch meanwhile. `sent` says whether any byte has gone up, `heard` whether any has come down.
+    `client` is the wire to watch meanwhile. `sent` and `heard` say whether anything has gone up, or come down.
     """
 
     head, body, upload, client, sent, heard = b"", b"", None, None, False, False
@@ -2501,7 +2502,7 @@ class Server(ThreadingHTTPServer):
             return super().get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                self.complain("limit", f"no descriptors are left for more clients ({error.strerror}): raise LimitNOFILE")
+                self.complain("limit", f"no descriptors are left for clients ({error.strerror}): raise LimitNOFILE")
                 time.sleep(self.PAUSE)
             raise
 
@@ -2517,7 +2518,7 @@ class Server(ThreadingHTTPServer):
             except RuntimeError as error:
                 self.complain("limit", f"a client was sent away: {error}")
                 return client.close()
-        self.complain("limit", f"more than {self.settings.max_connections} clients (PROXY_MAX_CONNECTIONS): some get 503")
+        self.complain("limit", f"over {self.settings.max_connections} clients (PROXY_MAX_CONNECTIONS): some get 503")
         body = error_body("", 503, "too many clients are connected to the proxy", None)
         client.send(head_bytes("HTTP/1.1 503 Service Unavailable\r\n", [
             *self.rules[1].cors_unseen, "Content-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n",
@@ -2604,7 +2605,7 @@ class Echo(BaseHTTPRequestHandler):
     LISTED = {**MODEL, "name": "echo", "modified_at": "2026-01-01T00:00:00Z", "size": 0, "digest": "", "details": {
         "format": "", "family": "echo", "parameter_size": "0B", "quantization_level": ""}}
     PAGES = {"/api/tags": {"models": [LISTED]}, "/api/version": {"version": OWN_VERSION},
-             "/v1/models": {"object": "list", "data": [{"id": "echo", "object": "model", "created": 0, "owned_by": "demo"}]},
+             "/v1/models": {"object": "list", "data": [{"id": "echo", "object": "model", "owned_by": "demo"}]},
              "/api/show": {"details": LISTED["details"], "model_info": {}, "capabilities": ["completion"]}}
 
     def log_message(self, *args):
@@ -2634,8 +2635,9 @@ class Echo(BaseHTTPRequestHandler):
 
     def native(self, said, words):
         def piece(text, **more):
-            text = {"message": {"role": "assistant", "content": text}} if self.path == "/api/chat" else {"response": text}
-            return {**self.MODEL, "created_at": timestamp(time.time()), **text, **more}
+            chat = {"message": {"role": "assistant", "content": text}}
+            said = chat if self.path == "/api/chat" else {"response": text}
+            return {**self.MODEL, "created_at": timestamp(time.time()), **said, **more}
 
         last = {"done": True, "done_reason": "stop", "prompt_eval_count": len(words), "eval_count": len(words)}
         events = [piece(word, done=False) for word in words] + [piece("", **last)]
@@ -2661,7 +2663,7 @@ class Echo(BaseHTTPRequestHandler):
         events += [{"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": word}}
                    for word in words]
         events += [{"type": "content_block_stop", "index": 0},
-                   {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None}, "usage": usage},
+                   {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": usage},
                    {"type": "message_stop"}]
         return whole, [f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in events]
 
