@@ -1477,6 +1477,9 @@ def test_an_error_can_be_read_although_the_client_is_still_sending(serve):
     with contextlib.suppress(OSError):
         sock.sendall(b"x" * 3_000_000)
     assert server.read(sock)[0] == 401
+    sock = server.ask("POST", "/api/chat", Content_Length="3000000")
+    sock.sendall(b"x" * 100_000)
+    assert server.read(sock)[0] == 401 and not drain(sock).reset
 
 
 def test_a_head_that_ends_in_its_middle_is_dropped(server, upstream):
