@@ -276,8 +276,12 @@ class Address(namedtuple("Address", "name scheme host port mount")):
         return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
 
     @property
+    def is_ollama_com(self):
+        return self.host.rstrip(".") == "ollama.com"
+
+    @property
     def is_cloud(self):
-        return self.name == "cloud" or self.host.rstrip(".") == "ollama.com"
+        return self.name == "cloud" or self.is_ollama_com
 
     @property
     def key_name(self):
@@ -379,7 +383,7 @@ class Settings:
 
     def contradictions(self):
         """Yield what is wrong with values that are each fine alone."""
-        if any(address.host.rstrip(".") == "ollama.com" and not self.key(address) for address in self.upstreams):
+        if any(address.is_ollama_com and not self.key(address) for address in self.upstreams):
             yield ("OLLAMA_API_KEY is not set: make a key at https://ollama.com/settings/keys and set it, or name "
                    "another server in PROXY_UPSTREAMS; `ollama_proxy.py demo` runs without a key")
         if not self.auth_token and not is_loopback(self.host):
@@ -513,15 +517,17 @@ class Head:
         """The values of a header, by its lower-case name."""
         return [value for known, value, _ in self.fields if known == name] if name in self._last else ()
 
+    def joined(self, name):
+        """The values of a header that is a list, over all of its lines."""
+        return ", ".join(self.all(name))
+
     def get(self, name, default=""):
         """The value of a header that is there once, by its lower-case name."""
         return self._last.get(name, default)
 
     def tokens(self, name):
         """The lower-case words of a header that is a list, over all of its lines."""
-        if name not in self._last:
-            return frozenset()
-        return frozenset(word.strip().lower() for value in self.all(name) for word in value.split(","))
+        return frozenset(map(str.strip, self.joined(name).lower().split(","))) if name in self._last else frozenset()
 
     def keeps(self):
         """Whether the sender of this head will use the connection again."""
@@ -1043,7 +1049,7 @@ class Doorman:
         if not self.is_open and host and not names_loopback(host):
             raise Refused(f"without a token only localhost is served, not the host {host}: set PROXY_AUTH_TOKEN "
                           "(off opens the proxy to whoever reaches it)", 403)
-        chain = head.get("x-forwarded-for")
+        chain = head.joined("x-forwarded-for")
         if not self.is_open and not all(is_loopback(word.strip()) for word in chain.split(",") if word.strip()):
             raise Refused("without a token only this machine is served, and this request was forwarded for another: "
                           "set PROXY_AUTH_TOKEN", 403)
@@ -2240,7 +2246,7 @@ class Handler(BaseRequestHandler):
         self.cors = self.doorman.cors(head)
         if head.method in ("CONNECT", "TRACE"):
             raise Refused(f"{head.method} is not for this proxy", 405, [("Allow", "GET, HEAD, POST, PUT, DELETE")])
-        if self.server.name in "".join(head.all("via")):
+        if self.server.name in head.joined("via"):
             raise Refused("this request has come from this proxy itself: PROXY_UPSTREAMS names it as its upstream", 508)
         expected = head.get("expect").lower()
         self.upload = Upload(client, head.size(), bool(expected and head.version), settings.client_timeout)
@@ -2250,7 +2256,7 @@ class Handler(BaseRequestHandler):
         self.target = parse(head.target if head.target != "*" else "/", settings.prefix)
         record.path = self.target.shown[:500]
         if settings.trusted:
-            record.client = client_address(client.address, ",".join(head.all("x-forwarded-for")), settings.trusted)
+            record.client = client_address(client.address, head.joined("x-forwarded-for"), settings.trusted)
 
     def own_page(self):
         """Let the doorman look, and answer what the proxy answers itself: (status, body, header lines), else None."""
@@ -2832,7 +2838,7 @@ def probe(upstream):
 
     On ollama.com the list of models is open to all, and so says nothing about a key; the account's usage is not.
     """
-    path = "/api/usage?range=24h" if upstream.address.host == "ollama.com" else "/v1/models"
+    path = "/api/usage?range=24h" if upstream.address.is_ollama_com else "/v1/models"
     began = time.monotonic()
     print(f"\n{upstream.name} ({upstream.address})")
     try:

@@ -1312,7 +1312,8 @@ def test_a_client_that_leaves_before_the_answer_is_noticed(server, upstream, abr
     assert leaves(server, upstream, sock, abruptly)["status"] is None
 
 
-def test_a_client_that_leaves_in_mid_answer_is_noticed(server, upstream, abruptly):
+def half_an_answer(server, upstream):
+    """A client that has got half of an answer; the rest does not come."""
     def play(call):
         call.send(STREAM)
         call.chunk(b"half")
@@ -1321,6 +1322,11 @@ def test_a_client_that_leaves_in_mid_answer_is_noticed(server, upstream, abruptl
     sock = server.ask("POST", "/api/chat", CHAT)
     while b"half" not in sock.recv(65536):
         pass
+    return sock
+
+
+def test_a_client_that_leaves_in_mid_answer_is_noticed(server, upstream, abruptly):
+    sock = half_an_answer(server, upstream)
     assert leaves(server, upstream, sock, abruptly)["status"] == 200
 
 
@@ -1370,14 +1376,7 @@ def test_a_client_that_leaves_while_it_pipelines_is_noticed(server, upstream):
 
 
 def test_a_client_that_leaves_behind_more_than_is_read_ahead_is_noticed(server, upstream, abruptly):
-    def play(call):
-        call.send(STREAM)
-        call.chunk(b"half")
-        upstream.wait_left(call)
-    upstream.play = play
-    sock = server.ask("POST", "/api/chat", CHAT)
-    while b"half" not in sock.recv(65536):
-        pass
+    sock = half_an_answer(server, upstream)
     sock.sendall(b"GET /next HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3000)
     until(lambda: any(len(client.ahead) > proxy.Carrier.AHEAD for client in [*server.server.clients]))
     leaves(server, upstream, sock, abruptly)
@@ -1599,6 +1598,9 @@ def test_without_a_token_only_loopback_app_and_listed_origins_are_served(serve, 
 def test_without_a_token_what_was_forwarded_for_another_machine_is_refused(server):
     assert server.get("GET", "/api/tags", X_Forwarded_For="127.0.0.1")[0] == 200
     assert server.get("GET", "/api/tags", X_Forwarded_For="203.0.113.5, 127.0.0.1")[0] == 403
+    sock = server.connect()
+    sock.sendall(b"GET /api/tags HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-For: 203.0.113.5\r\nX-Forwarded-For: 127.0.0.1\r\n\r\n")
+    assert server.read(sock)[0] == 403
 
 
 def test_a_proxy_that_is_its_own_upstream_says_so(serve, upstream):
