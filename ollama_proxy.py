@@ -48,6 +48,7 @@ import ipaddress
 import json
 import os
 import queue
+import random
 import re
 import select
 import selectors
@@ -116,6 +117,12 @@ class UpstreamLost(Failure):
     """The upstream cut, reset or garbled its answer."""
 
     status, outcome = 502, "upstream_lost"
+
+
+class Stopped(Failure):
+    """The proxy was told to stop, and the drain is over."""
+
+    status, outcome = 503, "stopped"
 
 
 class ClientLeft(Failure):
@@ -510,7 +517,7 @@ class Head:
     __slots__ = ("method", "target", "version", "status", "reason", "fields", "_last")
 
     def __init__(self, lines):
-        self.fields = [short_field(line) if len(line) < 200 else field_of(line) for line in lines]
+        self.fields = [field_of(line) for line in lines]
         self._last = {name: value for name, value, _ in self.fields}
 
     def all(self, name):
@@ -563,9 +570,6 @@ def field_of(line):
     return name.lower(), value, f"{name}: {value}\r\n"
 
 
-short_field = lru_cache(maxsize=2048)(field_of)  # clients and upstreams say the same again and again
-
-
 def parse_request(block):
     """Parse a request's head, its lines with their CRLFs and without the empty one.
 
@@ -592,6 +596,10 @@ def parse_request(block):
     return head
 
 
+SHORT = 2048  # bytes of a head that is worth remembering: clients and upstreams say the same again and again
+short_request = lru_cache(maxsize=256)(parse_request)
+
+
 def parse_answer(block):
     """Parse an answer's head; raises Malformed.
 
@@ -606,6 +614,9 @@ def parse_answer(block):
     head = Head(lines)
     head.version, head.status, head.reason = int(match[1]), int(match[2]), match[3] or ""
     return head
+
+
+short_answer = lru_cache(maxsize=256)(parse_answer)
 
 
 def answer_size(head, method):
@@ -630,20 +641,20 @@ NOT_SENT_DOWN = HOP_BY_HOP | frozenset(
     "x-accel-buffering".split())
 
 
+@lru_cache(maxsize=256)
 def fields_up(head, identity):
     """The lines of a request's end-to-end headers; with `identity`, an answer without compression is asked for."""
-    barred = NOT_SENT_UP | head.tokens("connection")
-    if not identity:
-        return [line for name, _, line in head.fields if name not in barred]
-    lines = [line for name, _, line in head.fields if name not in barred and name != "accept-encoding"]
-    return lines + ["Accept-Encoding: identity\r\n"]
+    barred = NOT_SENT_UP | head.tokens("connection") | ({"accept-encoding"} if identity else set())
+    lines = [line for name, _, line in head.fields if name not in barred]
+    return "".join(lines) + ("Accept-Encoding: identity\r\n" if identity else "")
 
 
+@lru_cache(maxsize=256)
 def fields_down(head, key):
     """The lines of an answer's headers that are the client's business, without the key should an upstream echo it."""
     barred = NOT_SENT_DOWN | head.tokens("connection")
-    return [line.replace(key, "***") if key and key in line else line for name, _, line in head.fields
-            if name not in barred and not name.startswith("access-control-")]
+    return "".join([line.replace(key, "***") if key else line for name, _, line in head.fields
+                    if name not in barred and not name.startswith("access-control-")])
 
 
 NATIVE = frozenset("generate chat tags show ps pull push create copy delete embed version me blobs "
@@ -752,7 +763,7 @@ def error_body(path, status, words, request_id):
 
 
 def head_bytes(first_line, lines):
-    return (first_line + "".join(lines) + "\r\n").encode("latin-1")
+    return f"{first_line}{lines}\r\n".encode("latin-1")
 
 
 # ---- Bodies -----------------------------------------------------------------
@@ -762,6 +773,7 @@ def head_bytes(first_line, lines):
 
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]{0,4000})?")
 CHUNK_LINE_LIMIT, TRAILER_LIMIT = 4096, 8192
+CRLF = b"\r\n"
 
 
 @lru_cache(maxsize=1024)  # of lines of 4 KiB at the most
@@ -785,50 +797,57 @@ class Decoder:
 
     BULK = 4096  # bytes from which on chunks are worth taking by the dozen
 
-    __slots__ = ("size", "done", "rest", "_left", "_line", "_trailer")
+    __slots__ = ("size", "done", "rest", "framed", "_left", "_line", "_trailer")
 
     def __init__(self, size):
         self.size, self.done, self.rest = size, size == 0, b""
+        self.framed = None  # the last payload in chunks, where it need not be framed again
         self._left = size if size > 0 else 0  # of the body, or of the chunk that is being read
-        self._line = b"\r\n"  # an unfinished size line: the CRLF that ends a chunk is read as part of the next line
+        self._line = CRLF  # an unfinished size line: the CRLF that ends a chunk is read as part of the next line
         self._trailer = False
 
+    def one_chunk(self, data):
+        """The payload, if these bytes are just one whole chunk; else None, and nothing has happened."""
+        if self._left or self._line is not CRLF or self._trailer or data[-2:] != CRLF:
+            return None
+        end = data.find(CRLF)
+        if not 0 < end < 16 or chunk_size(data[:end]) != len(data) - end - 4:
+            return None
+        return data[end + 2:-2]
+
     def feed(self, data):
-        """Return the payload among these bytes; raises Malformed."""
+        """Return the payload among these bytes, a list of pieces; raises Malformed."""
         if self.size == CHUNKED:
             return self._chunks(data)
         if self.size == UNTIL_CLOSE:
-            return data
+            return [data]
         payload = data[:self._left]
         self._left -= len(payload)
         if not self._left:
             self.done, self.rest = True, data[len(payload):]
-        return payload
+        return [payload]
 
     def _chunks(self, data):
+        self.framed = None
         if self._trailer:
             self._end(self._line + data)
-            return b""
-        end = data.find(b"\r\n")
-        if not self._left and self._line == b"\r\n" and end > 0 and data.endswith(b"\r\n"):
-            size = chunk_size(data[:end])
-            if size and len(data) == end + size + 4:  # nearly always: what has come is one chunk
-                return data[end + 2:-2]
-        at, left, pieces, many = 0, self._left, [], len(data) > self.BULK
+            return []
+        at, left, pieces, many, bulk = 0, self._left, [], len(data) > self.BULK, None
         if not left:
-            data = self._line + data
+            data, self._line = self._line + data, CRLF
         while True:
             if left:
-                piece = data[at:at + left]
-                pieces.append(piece)
-                at += len(piece)
-                left -= len(piece)
+                pieces.append(data[at:at + left])
+                at += len(pieces[-1])
+                left -= len(pieces[-1])
                 if left:
                     break
             if many:
-                at, many = at + self._take_bulk(data[at:], pieces), False
-            end = data.find(b"\r\n", at + 2)
-            if end < 0 or not data.startswith(b"\r\n", at):
+                many, begin, first = False, at, len(pieces)
+                at = self._take_bulk(data, at, pieces)
+                bulk = first, len(pieces), data[begin + 2:at + 2]
+            end = data.find(CRLF, at + 2)
+            if end < 0 or not data.startswith(CRLF, at):
                 self._keep_line(data[at:])
                 break
             left = chunk_size(data[at + 2:end])
@@ -838,28 +857,30 @@ class Decoder:
                 self._end(data[end:])
                 break
         self._left = left
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if bulk and bulk[0] < bulk[1]:
+            first, last, whole = bulk
+            self.framed = b"".join([*map(as_chunk, pieces[:first]), whole, *map(as_chunk, filter(None, pieces[last:]))])
+        return pieces
 
-    @staticmethod
-    def _take_bulk(data, pieces):
-        """Take many whole chunks at once where none holds a CRLF, as lines of JSON do not; return their length."""
-        parts = data.split(b"\r\n")  # "", size, chunk, size, chunk, ..., and a pair that may be cut
+    def _take_bulk(self, data, at, pieces):
+        """Take many whole chunks at once where none holds a CRLF, as lines of JSON do not; return where they end."""
+        parts = data[at:].split(CRLF)  # "", size, chunk, size, chunk, ..., and a pair that may be cut
         sizes, chunks = parts[1:-2:2], parts[2:-2:2]
         sizes, lengths = sizes[:len(chunks)], [*map(len, chunks)]
         try:
             if parts[0] or 0 in lengths or lengths != [*map(chunk_size, sizes)]:
-                return 0
+                return at
         except Malformed:  # or a chunk that holds a CRLF
-            return 0
+            return at
         pieces += chunks
-        return sum(lengths) + sum(map(len, sizes)) + 4 * len(chunks)
+        return at + sum(lengths) + sum(map(len, sizes)) + 4 * len(chunks)
 
     def _keep_line(self, line):
         """Remember the part of a size line that has come, unless it cannot become one any more."""
-        bad_start = line[:2] != b"\r\n"[:len(line)] or line[2:3].strip(b"0123456789abcdefABCDEF")
+        bad_start = line[:2] != CRLF[:len(line)] or line[2:3].strip(b"0123456789abcdefABCDEF")
         if bad_start or b"\n" in line[2:] or len(line) > CHUNK_LINE_LIMIT:
             raise Malformed("a chunk is not followed by a size line")
-        self._line = line
+        self._line = CRLF if line == CRLF else line
 
     def _end(self, data):
         """Read trailers, which are dropped, up to the empty line. `data` starts with the last size line's CRLF."""
@@ -868,8 +889,12 @@ class Decoder:
             raise Malformed("the trailers are too long")
         self._line = data
         if end >= 0:
-            Head(data[2:end].split(b"\r\n") if end else ())
+            Head(data[2:end].split(CRLF) if end else ())
             self.done, self.rest = True, data[end + 4:]
+
+
+def as_chunk(payload):
+    return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
 STRUCTURE = re.compile(rb'["{}\[\]]')
@@ -1031,7 +1056,7 @@ class Doorman:
         self.is_open = settings.auth_token == OFF  # whoever reaches the proxy may ask
         self.tokens = () if self.is_open else settings.auth_token
         self.any_origin = "*" in settings.origins or bool(self.tokens and not settings.origins)
-        self.cors_unseen = ["Access-Control-Allow-Origin: *\r\n"] if self.any_origin else []
+        self.cors_unseen = "Access-Control-Allow-Origin: *\r\n" if self.any_origin else ""
         self.origins = tuple(re.compile(re.escape(word).replace(r"\*", "[^/]*"), re.I) for word in settings.origins)
 
     def allows_origin(self, origin):
@@ -1072,21 +1097,21 @@ class Doorman:
         """The header lines by which a browser lets its page read the answer."""
         origin = head.get("origin")
         if not origin or not self.allows_origin(origin):
-            return [] if self.any_origin else ["Vary: Origin\r\n"]
-        lines = self.cors_unseen or [f"Access-Control-Allow-Origin: {origin}\r\n", "Vary: Origin\r\n"]
-        return lines + ["Access-Control-Expose-Headers: X-Request-Id, X-Proxy-Upstream, Retry-After\r\n"]
+            return "" if self.any_origin else "Vary: Origin\r\n"
+        lines = self.cors_unseen or f"Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n"
+        return lines + "Access-Control-Expose-Headers: X-Request-Id, X-Proxy-Upstream, Retry-After\r\n"
 
 
 def preflight(head):
     """The header lines that answer a browser's question whether it may send a request."""
     asked = head.get("access-control-request-headers")
     method = head.get("access-control-request-method")
-    lines = [f"Access-Control-Allow-Methods: {method or 'GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS'}\r\n",
-             "Access-Control-Max-Age: 7200\r\n"]
+    lines = (f"Access-Control-Allow-Methods: {method or 'GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS'}\r\n"
+             "Access-Control-Max-Age: 7200\r\n")
     if asked:
-        lines.append(f"Access-Control-Allow-Headers: {asked}\r\n")
+        lines += f"Access-Control-Allow-Headers: {asked}\r\n"
     if head.get("access-control-request-private-network") == "true":
-        lines.append("Access-Control-Allow-Private-Network: true\r\n")
+        lines += "Access-Control-Allow-Private-Network: true\r\n"
     return lines
 
 
@@ -1124,7 +1149,7 @@ class Record:
         self.started = time.monotonic()
         self.time = time.time()
         self.client = client
-        self.id = os.urandom(8).hex()
+        self.id = "%016x" % random.getrandbits(64)
         self.caller = self.method = self.path = self.model = self.upstream = self.status = None
         self.first_byte_ms = self.total_ms = self.tokens_in = self.tokens_out = self.outcome = None
         self.bytes_in = self.bytes_out = 0
@@ -1254,28 +1279,45 @@ class Log:
 
 # ---- Wires ------------------------------------------------------------------
 #
-# A wire is a connection to a client or to an upstream, the same on both sides:
-# a non-blocking socket, and the bytes that were read from it ahead of their use.
-# Threads wait for a wire with poll, and see at the same time whether the client
-# has gone; the carrier waits for many with a selector.
+# A wire is a connection to a client or to an upstream, the same on both sides: a
+# non-blocking socket, and the bytes that were read from it ahead of their use.
+# What must wait is a generator here: it yields (deadline, wire, events, ...), and
+# the carrier resumes it with the wire that is ready. A deadline is in monotonic
+# seconds, None is never; when it passes, a TimeoutError comes out of the yield.
 
 PIECE = 64 * 1024
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+FOR_EVER = float("inf")
 # Linux tells a farewell apart from data; elsewhere one must look (Wire.has_left).
 LEAVING = getattr(select, "POLLRDHUP", select.POLLIN)
 NOT_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class Wire:
-    """One connection. `ahead` is what has been read from it and not been used."""
+    """One connection. `ahead` is what has been read from it and not been used; `act` is called when it is ready."""
 
-    __slots__ = ("sock", "ahead", "used")
+    __slots__ = ("sock", "ahead", "used", "act", "carrier", "_fd", "_events")
 
-    def __init__(self, sock):
-        self.sock, self.ahead, self.used = sock, b"", 0.0
+    def __init__(self, sock, carrier):
+        self.sock, self.carrier, self.ahead, self.used = sock, carrier, b"", 0.0
+        self.act, self._fd, self._events = None, sock.fileno(), 0
         sock.setblocking(False)
-        if sock.family in (socket.AF_INET, socket.AF_INET6):
+        if sock.family != getattr(socket, "AF_UNIX", None):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             keep_alive(sock)
+
+    def watch(self, events, act=None):
+        """Have `act(wire, events)` called when the wire is ready for these events of the selector's; 0 is none."""
+        self.act = act
+        if events == self._events:
+            return
+        if not self._events:
+            self.carrier.selector.register(self._fd, events, self)
+        elif events:
+            self.carrier.selector.modify(self._fd, events, self)
+        else:
+            self.carrier.selector.unregister(self._fd)
+        self._events = events
 
     def receive(self):
         """Return what has come, b"" at the end of it, None if nothing has; raises OSError."""
@@ -1294,7 +1336,8 @@ class Wire:
     def look(self):
         """Read what has come into `ahead`; whether anything, or the end, has."""
         data = self.receive()
-        self.ahead += data or b""
+        if data:
+            self.ahead += data
         return data is not None
 
     def has_left(self):
@@ -1324,6 +1367,7 @@ class Wire:
 
     def close(self, abruptly=False):
         """Close; abruptly, the other side learns that the end is no end (RST instead of FIN)."""
+        self.watch(0)
         try:
             if abruptly:
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -1340,109 +1384,77 @@ def keep_alive(sock):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def wait(wire, events, deadline, client=None, also=None):
-    """Wait until `wire` is ready for poll's `events`, or `also` is readable; whether `wire` is.
-
-    Raises ClientLeft as soon as `client` has gone, TimeoutError at the deadline (None is never).
-    """
-    poll, fd = select.poll(), wire.sock.fileno()
-    poll.register(fd, events)
-    if client:
-        poll.register(client.sock, LEAVING)
-    if also:
-        poll.register(also.sock, select.POLLIN)
-    while True:
-        ready = poll.poll(None if deadline is None else max(0, deadline - time.monotonic()) * 1000)
-        if not ready:
-            raise TimeoutError
-        ready = {other for other, _ in ready}
-        if client and client.sock.fileno() in ready:
-            if client.has_left():
-                raise ClientLeft("the client left")
-            poll.unregister(client.sock)  # it sent its next request: nothing more to learn here
-        if fd in ready:
-            return True
-        if also and also.sock.fileno() in ready:
-            return False
-
-
-def push(wire, data, deadline, client=None):
-    """Send all of `data` to a wire."""
-    data = memoryview(data)
-    while data:
-        sent = wire.send(data)
-        data = data[sent:]
-        if not sent:
-            wait(wire, select.POLLOUT, deadline, client)
-
-
-def next_head(wire, deadline, client=None):
-    """Return the lines of the next head on a wire; raises EOFError, Malformed, and what `wait` raises."""
+def next_head(wire, deadline):
+    """Wait for the next head on a wire, and return its lines; raises EOFError, OSError, Malformed, TimeoutError."""
     while True:
         block = wire.take_head() if wire.ahead else None
         if block is not None:
             return block
-        wait(wire, select.POLLIN, deadline, client)
+        yield deadline, wire, READ
         data = wire.receive()
         if data == b"":
             raise EOFError("the connection was closed")
         wire.ahead += data or b""
 
 
-def dial(address, proxy, context, deadline, client):
+def in_thread(carrier, deadline, work, *arguments):
+    """Have a thread do what would hold up everybody else, and return its result, or raise what it raised."""
+    task, ticket, outcome = carrier.current, carrier.current.ticket, []
+
+    def think():
+        try:
+            outcome.extend((work(*arguments), None))
+        except Exception as error:
+            outcome.extend((None, error))
+        carrier.call(task.wake, ticket)
+
+    _thread.start_new_thread(think, ())
+    yield (deadline,)
+    result, error = outcome
+    if error:
+        raise error
+    return result
+
+
+def dial(carrier, address, proxy, deadline):
     """Connect to an upstream, by way of an HTTP proxy (host, port, Proxy-Authorization) if there is one.
 
-    Returns a Wire. Raises OSError, EOFError, TimeoutError, ClientLeft, Malformed.
+    Returns a Wire. Raises OSError, EOFError, TimeoutError, Malformed.
     """
-    places = resolve(*(proxy[:2] if proxy else (address.host, address.port)), deadline, client)
+    host, port = proxy[:2] if proxy else (address.host, address.port)
+    look_up = socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM
+    if re.fullmatch(r"[0-9.]+|.*:.*", host):
+        places = look_up[0](*look_up[1:])
+    else:  # this may ask the network, and can be neither timed nor stopped
+        places = yield from in_thread(carrier, deadline, *look_up)
+    context = (yield from in_thread(carrier, deadline, tls_context)) if address.scheme == "https" else None
     for number, place in enumerate(places):
         now = time.monotonic()
         share = now + (deadline - now) / (len(places) - number)  # a dead address leaves time for the next
         try:
-            wire = connect(place, share, client)
+            wire = yield from connect(carrier, place, share)
             break
         except OSError:
             if place is places[-1]:
                 raise
     try:
         if proxy:
-            open_tunnel(wire, address, proxy[2], deadline, client)
-        if address.scheme == "https":
-            shake_hands(wire, context, address.host, deadline, client)
+            yield from open_tunnel(wire, address, proxy[2], deadline)
+        if context:
+            yield from shake_hands(wire, context, address.host, deadline)
     except BaseException:
         wire.close()
         raise
     return wire
 
 
-def resolve(host, port, deadline, client):
-    """Look up a host's addresses, in a thread where that may ask the network: it can be neither timed nor stopped."""
-    if re.fullmatch(r"[0-9.]+|.*:.*", host):
-        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    found, (bell, ring) = [], socket.socketpair()
-
-    def look_up():
-        with ring:
-            try:
-                found.append(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-            except (OSError, ValueError) as error:
-                found.append(error)
-
-    with bell:
-        _thread.start_new_thread(look_up, ())
-        wait(Wire(bell), select.POLLIN, deadline, client)
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
-
-
-def connect(place, deadline, client):
+def connect(carrier, place, deadline):
     family, kind, protocol, _, address = place
-    wire = Wire(socket.socket(family, kind, protocol))
+    wire = Wire(socket.socket(family, kind, protocol), carrier)
     try:
         code = wire.sock.connect_ex(address)
         if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
-            wait(wire, select.POLLOUT, deadline, client)
+            yield deadline, wire, WRITE
             code = wire.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             raise OSError(code, os.strerror(code))
@@ -1452,17 +1464,21 @@ def connect(place, deadline, client):
     return wire
 
 
-def open_tunnel(wire, address, authorization, deadline, client):
+def open_tunnel(wire, address, authorization, deadline):
     """Have an HTTP proxy connect this wire to the upstream (RFC 9110, section 9.3.6)."""
     place = f"{f'[{address.host}]' if ':' in address.host else address.host}:{address.port}"
-    lines = [f"Host: {place}\r\n"] + ([f"Proxy-Authorization: {authorization}\r\n"] if authorization else [])
-    push(wire, head_bytes(f"CONNECT {place} HTTP/1.1\r\n", lines), deadline, client)
-    head = parse_answer(next_head(wire, deadline, client))
+    lines = f"Host: {place}\r\n" + (f"Proxy-Authorization: {authorization}\r\n" if authorization else "")
+    data = head_bytes(f"CONNECT {place} HTTP/1.1\r\n", lines)
+    while data:
+        data = data[wire.send(data):]
+        if data:
+            yield deadline, wire, WRITE
+    head = parse_answer((yield from next_head(wire, deadline)))
     if head.status != 200 or wire.ahead:
         raise ConnectionError(f"the proxy of HTTPS_PROXY answered {head.status} {printable(head.reason)}")
 
 
-def shake_hands(wire, context, host, deadline, client):
+def shake_hands(wire, context, host, deadline):
     """Speak TLS on a connected wire."""
     wire.sock = context.wrap_socket(wire.sock, server_hostname=host, do_handshake_on_connect=False,
                                     suppress_ragged_eofs=False)
@@ -1470,9 +1486,9 @@ def shake_hands(wire, context, host, deadline, client):
         try:
             return wire.sock.do_handshake()
         except ssl.SSLWantReadError:
-            wait(wire, select.POLLIN, deadline, client)
+            yield deadline, wire, READ
         except ssl.SSLWantWriteError:
-            wait(wire, select.POLLOUT, deadline, client)
+            yield deadline, wire, WRITE
 
 
 CA_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
@@ -1510,47 +1526,39 @@ class Upload:
         self.declared = size  # a number, CHUNKED, or None where the head speaks of no body
         self.decoder = Decoder(size or 0)
         self.received = 0
-        self._client, self._expects, self._patience = client, expects, patience
+        self._client, self._expects = client, expects
+        self._patience, self._left, self._fresh = patience, patience, 0
 
     @property
     def done(self):
         return self.decoder.done
 
-    def pieces(self, upstream=None):
-        """Yield the payload as it comes; end early when the upstream begins to answer.
+    def more(self, upstream=None):
+        """Wait for more of the body and return its payload; b"" when it is whole, None when `upstream` speaks first.
 
         Raises Refused (408), Malformed, ClientLeft.
         """
-        patience, fresh = self._patience, 0
         while not self.done:
             data, self._client.ahead = self._client.ahead, b""
-            if not data:
-                began = time.monotonic()
-                if not self._more_comes(began + patience, upstream):
-                    return
-                patience -= time.monotonic() - began
-                data = self._receive()
-            fresh += len(data)
-            if fresh >= self.DRIP:
-                patience, fresh = self._patience, 0
-            payload = self.decoder.feed(data)
+            if not data and (yield from self._wait(upstream)):
+                return None
+            payload = b"".join(self.decoder.feed(data or self._receive()))
             self.received += len(payload)
             if self.done:
                 self._client.ahead = self.decoder.rest
             if payload:
-                yield payload
+                return payload
+        return b""
 
     def whole(self, limit):
         """Return the body as bytes; raises Refused (413) beyond the limit."""
-        too_large = Refused(f"the body is larger than PROXY_MAX_BODY, {limit} bytes", 413)
-        if self.decoder.size > limit:
-            raise too_large
         pieces = []
-        for piece in self.pieces():
+        while self.decoder.size <= limit >= self.received:
+            piece = yield from self.more()
+            if not piece:
+                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
             pieces.append(piece)
-            if self.received > limit:
-                raise too_large
-        return b"".join(pieces)
+        raise Refused(f"the body is larger than PROXY_MAX_BODY, {limit} bytes", 413)
 
     def skip(self):
         """Forget what of the body has come already; whether that was all of it."""
@@ -1562,20 +1570,24 @@ class Upload:
             self._client.ahead = self.decoder.rest
         return self.done
 
-    def _more_comes(self, deadline, upstream):
-        try:
-            if self._expects:
-                self._expects = False
+    def _wait(self, upstream):
+        """Wait for the client, and for the upstream if there is one yet; whether that has spoken."""
+        if self._expects:
+            self._expects = False
+            try:
                 self._client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        except OSError as error:
-            raise ClientLeft("the client left before its body") from error
+            except OSError as error:
+                raise ClientLeft("the client left before its body") from error
+        began = time.monotonic()
+        watched = (self._client, READ) + ((upstream, READ) if upstream else ())
         try:
-            while not wait(self._client, select.POLLIN, deadline, also=upstream):
-                if upstream.look():
-                    return False
+            ready = yield (began + self._left, *watched)
+            while ready is upstream and not upstream.look():
+                ready = yield (began + self._left, *watched)
         except TimeoutError:
             raise Refused("the body of the request came too slowly", 408) from None
-        return True
+        self._left -= time.monotonic() - began
+        return ready is upstream
 
     def _receive(self):
         try:
@@ -1584,6 +1596,9 @@ class Upload:
             raise ClientLeft("the client was cut off") from error
         if data == b"":
             raise ClientLeft("the client left within its body")
+        self._fresh += len(data or b"")
+        if self._fresh >= self.DRIP:
+            self._left, self._fresh = self._patience, 0
         return data or b""
 
 
@@ -1591,24 +1606,10 @@ class Ask(urllib.request.Request):
     """A request as urllib's handlers see it, and what it is to them only luggage.
 
     `selector` is the target; `head` all bytes of the head; then comes `body`, bytes in memory, or `upload`.
-    `client` is the wire to watch meanwhile. `sent` and `heard` say whether anything has gone up, or come down.
+    `sent` and `heard` say whether anything has gone up, or come down.
     """
 
-    head, body, upload, client, sent, heard = b"", b"", None, None, False, False
-
-    def pieces(self, upstream):
-        """Yield the bytes to send."""
-        if len(self.body) < PIECE:
-            yield self.head + self.body
-        else:
-            yield self.head
-            yield self.body
-        if self.upload:
-            chunked = self.upload.decoder.size == CHUNKED
-            for payload in self.upload.pieces(upstream):
-                yield b"%x\r\n%b\r\n" % (len(payload), payload) if chunked else payload
-            if chunked and self.upload.done:
-                yield b"0\r\n\r\n"
+    head, body, upload, sent, heard = b"", b"", None, False, False
 
 
 # An upstream's answer, its body still to come on the wire, which is good for another request if it `keep`s.
@@ -1621,35 +1622,39 @@ class Pool:
     IDLE = 60.0  # seconds; longer, and a router on the way may have forgotten the connection
 
     def __init__(self):
-        self._lock = threading.Lock()  # guards _wires
         self._wires, self._closed = deque(), False
+
+    def __len__(self):
+        return len(self._wires)
 
     def take(self):
         """A wire that is still open and silent, or None."""
-        while True:
-            with self._lock:
-                if not self._wires:
-                    return None
-                wire = self._wires.pop()
+        while self._wires:
+            wire = self._wires.pop()
             try:
                 if not wire.look():
                     return wire
             except OSError:  # a reset is an end as good as any
                 pass
             wire.close()
+        return None
 
     def put(self, wire):
         wire.used = time.monotonic()
-        with self._lock:
-            self._wires.append(wire)
+        wire.watch(READ, self._drop)
+        self._wires.append(wire)
         if self._closed:
             self.prune(0)
 
+    def _drop(self, wire, _):
+        """An idle upstream has closed, or says what nobody asked for."""
+        self._wires.remove(wire)
+        wire.close()
+
     def prune(self, idle=IDLE):
         """Close the wires that nobody has used for so many seconds."""
-        with self._lock:
-            while self._wires and time.monotonic() - self._wires[0].used >= idle:
-                self._wires.popleft().close()
+        while self._wires and time.monotonic() - self._wires[0].used >= idle:
+            self._wires.popleft().close()
 
     def close(self):
         self._closed = True
@@ -1661,34 +1666,31 @@ class Upstream(urllib.request.BaseHandler):
 
     FRESH = 10.0  # seconds that what is known of its health holds
 
-    def __init__(self, address, settings, log):
+    def __init__(self, address, settings, carrier):
         self.address, self.key, self.name = address, settings.key(address), address.name
         self.mask = self.key if len(self.key) >= 12 else ""  # a placeholder is no secret, but may be any word
-        self.pool = Pool()
+        self.pool, self._carrier = Pool(), carrier
         self._connect_timeout, self._read_timeout = settings.connect_timeout, settings.read_timeout
-        self._log = log
-        self._template = Ask(f"{address.scheme}://{address.netloc}/")
-        self._seen_at, self._reachable, self._looking = float("-inf"), None, threading.Lock()
+        self._template = vars(Ask(f"{address.scheme}://{address.netloc}/"))
+        self._own_lines = f"Host: {address.netloc}\r\n" + (f"Authorization: Bearer {self.key}\r\n" if self.key else "")
+        self._seen_at, self._reachable = float("-inf"), None
         self._opener = urllib.request.OpenerDirector()
         proxy = urllib.request.getproxies_environment().get("https")
         if proxy and not is_loopback(address.host):  # a key in clear over an HTTP_PROXY: never
             self._opener.add_handler(urllib.request.ProxyHandler({"https": proxy}))
         self._opener.add_handler(self)
 
-    def ask(self, method, path, lines, body=b"", upload=None, client=None):
+    def ask(self, method, path, lines, body=b"", upload=None):
         """Send a request, header `lines` given, and return its Answer; raises a Failure."""
         ask = self._new_ask()
-        ask.method, ask.body, ask.upload, ask.client = method, body, upload, client
+        ask.method, ask.body, ask.upload = method, body, upload
         ask.selector = self.address.mount + path
-        own = f"{method} {ask.selector} HTTP/1.1\r\nHost: {self.address.netloc}\r\n"
-        if self.key:
-            own += f"Authorization: Bearer {self.key}\r\n"
-        ask.head = head_bytes(own, lines)
-        return self._opener.open(ask)
+        ask.head = head_bytes(f"{method} {ask.selector} HTTP/1.1\r\n{self._own_lines}", lines)
+        return (yield from self._opener.open(ask))
 
     def _new_ask(self):
         ask = Ask.__new__(Ask)  # a Request parses its URL, and this one is always the same
-        ask.__dict__.update(self._template.__dict__)
+        vars(ask).update(self._template)
         return ask
 
     def http_open(self, ask):
@@ -1698,17 +1700,17 @@ class Upstream(urllib.request.BaseHandler):
         come and nothing can have been executed twice.
         """
         if not ask.head:  # is_reachable() wants no more than a wire
-            return self._dial(ask)
+            return (yield from self._dial(ask))
         while True:
             wire = self.pool.take()
             kept = wire is not None
             if not kept:
-                wire = self._dial(ask)
+                wire = yield from self._dial(ask)
             try:
-                return self._exchange(wire, ask)
+                return (yield from self._exchange(wire, ask))
             except UpstreamLost:
-                wire.close()
                 heard = ask.heard or wire.ahead
+                wire.close()
                 if not kept or heard or ask.upload or ask.sent and ask.method not in SAFE:
                     raise
             except BaseException:
@@ -1719,20 +1721,23 @@ class Upstream(urllib.request.BaseHandler):
 
     def is_reachable(self):
         """Whether it can be connected to, by traffic or a look in the last FRESH seconds; sends no request."""
-        with self._looking:
-            if time.monotonic() - self._seen_at > self.FRESH:
-                wire = self.pool.take()
-                try:
-                    self.pool.put(wire or self._opener.open(self._new_ask()))
-                    self._note(True)
-                except Unreachable:
-                    return False
-            return self._reachable
+        if time.monotonic() - self._seen_at > self.FRESH:
+            self._seen_at = time.monotonic()  # those who ask meanwhile hear what was known before
+            wire = self.pool.take()
+            try:
+                self.pool.put(wire or (yield from self._opener.open(self._new_ask())))
+                self._note(True)
+            except Unreachable:
+                return False
+            except BaseException:  # of the one who asked: the next one looks again
+                self._seen_at = float("-inf")
+                raise
+        return bool(self._reachable)
 
     def _note(self, reachable, words=""):
         if reachable != self._reachable and (self._reachable is not None or not reachable):
-            self._log.event("info" if reachable else "warning", "upstream",
-                            f"{self.name} is reachable again" if reachable else words)
+            self._carrier.log.event("info" if reachable else "warning", "upstream",
+                                    f"{self.name} is reachable again" if reachable else words)
         self._seen_at, self._reachable = time.monotonic(), reachable
 
     def _dial(self, ask):
@@ -1741,8 +1746,7 @@ class Upstream(urllib.request.BaseHandler):
             if ask.host != self.address.netloc:  # ProxyHandler has put its own there
                 place = urlsplit("//" + ask.host)
                 proxy = place.hostname, place.port or 80, ask.get_header("Proxy-authorization")
-            context = tls_context() if self.address.scheme == "https" else None
-            wire = dial(self.address, proxy, context, time.monotonic() + self._connect_timeout, ask.client)
+            wire = yield from dial(self._carrier, self.address, proxy, time.monotonic() + self._connect_timeout)
         except TimeoutError as error:
             words = str(error) if error.errno else f"no connection within {self._connect_timeout:g} seconds"
         except ssl.SSLCertVerificationError as error:
@@ -1761,10 +1765,12 @@ class Upstream(urllib.request.BaseHandler):
     def _exchange(self, wire, ask):
         """Send and hear the head of the answer, however early it comes; raises a Failure."""
         try:
-            for piece in ask.pieces(wire):
-                if not self._push(wire, piece, ask):
-                    break
-            return self._hear(wire, ask)
+            whole = yield from self._push(wire, ask.head + ask.body if len(ask.body) < PIECE else ask.head, ask)
+            if whole and len(ask.body) >= PIECE:
+                whole = yield from self._push(wire, ask.body, ask)
+            if whole and ask.upload:
+                yield from self._push_upload(wire, ask)
+            return (yield from self._hear(wire, ask))
         except TimeoutError:
             raise Silent(f"upstream {self.name} was silent for {self._read_timeout:g} seconds "
                          "(PROXY_READ_TIMEOUT)") from None
@@ -1775,27 +1781,38 @@ class Upstream(urllib.request.BaseHandler):
     def _push(self, wire, data, ask):
         """Send one piece; False when the upstream answers, or hangs up, instead of taking it."""
         data = memoryview(data)
-        while data:
+        while True:
             try:
                 sent = wire.send(data)
             except OSError:
                 if ask.sent:  # it may have said why
                     return False
                 raise
-            if sent:
-                ask.sent, data = True, data[sent:]
-            else:
-                wait(wire, select.POLLIN | select.POLLOUT, self._deadline(), ask.client)
-                if wire.look():
-                    return False
-        return True
+            ask.sent, data = ask.sent or sent > 0, data[sent:]
+            if not data:
+                return True
+            yield self._deadline(), wire, READ | WRITE
+            if wire.look():
+                return False
+
+    def _push_upload(self, wire, ask):
+        chunked, going = ask.upload.decoder.size == CHUNKED, True
+        while going and not ask.upload.done:
+            payload = yield from ask.upload.more(wire)
+            if payload:
+                going = yield from self._push(wire, as_chunk(payload) if chunked else payload, ask)
+            elif payload is None:
+                return
+        if going and chunked:
+            yield from self._push(wire, b"0\r\n\r\n", ask)
 
     def _hear(self, wire, ask):
         status = 100
         while status < 200:  # 1xx are for us alone
             try:
-                block = next_head(wire, self._deadline(), ask.client)
-                ask.heard, head = True, parse_answer(block)
+                block = yield from next_head(wire, self._deadline())
+                ask.heard = True
+                head = parse_answer(block) if len(block) > SHORT else short_answer(block)
                 size, status = answer_size(head, ask.method), head.status
             except Malformed as error:
                 raise UpstreamLost(f"upstream {self.name} gave an answer that is not HTTP: {error}") from None
@@ -1810,26 +1827,273 @@ class Upstream(urllib.request.BaseHandler):
 
 # ---- Carrier ----------------------------------------------------------------
 #
-# Threads decide, one thread carries. From the moment the head of an answer has
-# gone out, this thread alone touches the two wires, until it gives them back.
+# One thread with a selector does all that waits. A Task decides: what to ask,
+# whom, and what to answer. From the moment the head of an answer has gone out
+# an Exchange carries the body. A Client between two requests waits by itself.
+# Whatever has a deadline is held; it has expire() and stop().
 
-READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-FOR_EVER = float("inf")
+
+class Task:
+    """One line of work: a generator that yields what it waits for (see Wires). Without work, it is over.
+
+    While it waits for something else, it watches its client: when that leaves, ClientLeft comes out of the yield.
+    """
+
+    __slots__ = ("client", "deadline", "ticket", "_carrier", "_steps", "_wires")
+
+    def __init__(self, carrier, steps, client=None):
+        self.client, self.deadline, self.ticket = client, FOR_EVER, 0
+        self._carrier, self._steps, self._wires = carrier, steps, ()
+
+    def step(self, go, value=None):
+        """Let the generator go on to its next wait; `go` is its send or throw."""
+        self._carrier.current = self
+        self.ticket += 1
+        try:
+            deadline, *watched = go(value)
+        except StopIteration:
+            return self._end()
+        except BaseException:
+            self._end()
+            raise
+        self.deadline = FOR_EVER if deadline is None else deadline
+        wires = watched[::2]
+        self._let_go(wires)
+        self._wires = wires
+        for wire, events in zip(wires, watched[1::2]):
+            wire.watch(events, self._ready)
+        if self.client and self.client not in wires:
+            self.client.watch(self.client.heard, self._hear_client)
+        self._carrier.hold(self)
+
+    def start(self):
+        self.step(self._steps.send)
+
+    def wake(self, ticket):
+        """Go on after a wait without wires, if it is still the one with this ticket."""
+        if ticket == self.ticket:
+            self.step(self._steps.send)
+
+    def leave(self):
+        self.step(self._steps.throw, ClientLeft("the client left"))
+
+    def expire(self):
+        self.step(self._steps.throw, TimeoutError())
+
+    def stop(self):
+        self.step(self._steps.throw, Stopped("the proxy is being stopped"))
+
+    def _ready(self, wire, _):
+        self.step(self._steps.send, wire)
+
+    def _hear_client(self, client, _):
+        if client.hear():
+            self.leave()
+        else:
+            client.watch(client.heard, self._hear_client)
+
+    def _let_go(self, wires=()):
+        for wire in self._wires:
+            if wire not in wires and getattr(wire.act, "__self__", None) is self:  # else it has been handed on
+                wire.watch(0)
+
+    def _end(self):
+        self.ticket += 1
+        self._let_go()
+        self._carrier.let_go(self)
+
+
+class Carrier:
+    """The thread, its selector, and what other threads want of it."""
+
+    TICK = 0.25  # seconds between looks at the deadlines
+
+    def __init__(self, log):
+        self.log, self.selector, self.current = log, selectors.DefaultSelector(), None
+        self.now = self._next_look = time.monotonic()
+        self._held, self._inbox, self._closed = set(), deque(), False
+        ring, bell = socket.socketpair()
+        self._ring, self._bell = Wire(ring, self), Wire(bell, self)
+        self._bell.watch(READ, lambda bell, _: bell.receive())
+
+    def start(self, steps, client=None):
+        """Do what a generator says, until it ends."""
+        self._guard(Task(self, steps, client).start)
+
+    def hold(self, thing):
+        """Look at the deadline of a task, an exchange or a client from now on."""
+        self._held.add(thing)
+
+    def let_go(self, thing):
+        self._held.discard(thing)
+
+    def soon(self, act, *arguments):
+        """Do something when what is going on now is over."""
+        self._inbox.append((act, arguments))
+
+    def call(self, act, *arguments):
+        """Have the carrier's thread do something; any thread may call this."""
+        self.soon(act, *arguments)
+        self._ring.send(b"!")
+
+    def perform(self, act, *arguments):
+        """Have the carrier's thread do something, and wait until it is done, or the carrier closed."""
+        done = threading.Event()
+        self.call(act, *arguments)
+        self.call(done.set)
+        while not self._closed and not done.wait(0.1):
+            pass
+
+    def stop(self):
+        """Cut what is left."""
+        for thing in [*self._held]:
+            self._guard(thing.stop)
+
+    def close(self):
+        self._closed = True
+
+    def run(self):
+        """Carry, until close()."""
+        while not self._closed:
+            ready = self.selector.select(0 if self._inbox else self.TICK if self._held else None)
+            self.now = time.monotonic()
+            for key, events in ready:
+                wire = key.data
+                act = wire.act
+                try:
+                    if act:  # else it was closed earlier in this round
+                        act(wire, events)
+                except Exception as bug:
+                    self._drop(act, bug)
+            for _ in range(len(self._inbox)):
+                act, arguments = self._inbox.popleft()
+                self._guard(act, *arguments)
+            if self.now >= self._next_look:
+                self._look()
+
+    def _look(self):
+        """See whose time is up, and which client has left behind more than is read ahead of it."""
+        self._next_look = self.now + self.TICK
+        for thing in [*self._held]:
+            client = thing.client
+            if self.now > thing.deadline:
+                self._guard(thing.expire)
+            elif client and not client.heard and client.has_left():
+                self._guard(thing.leave)
+
+    def _guard(self, act, *arguments):
+        try:
+            act(*arguments)
+        except Exception as bug:
+            self._drop(act, bug)
+
+    def _drop(self, act, bug):
+        """Go on after a bug, without the connections that it struck."""
+        self.log.event("error", "bug", f"the carrier dropped a connection: {describe(bug)}")
+        thing = getattr(act, "__self__", None)
+        for wire in (thing, getattr(thing, "client", None), getattr(thing, "wire", None)):
+            if isinstance(wire, Wire):
+                self.let_go(thing)
+                wire.close(abruptly=True)
+
+
+def describe(bug):
+    """Say where an exception that nobody expected came from, in one line."""
+    place = bug.__traceback__
+    while place.tb_next:
+        place = place.tb_next
+    return f"{type(bug).__name__}: {bug} (line {place.tb_lineno}, {place.tb_frame.f_code.co_name})"
 
 
 class Client(Wire):
-    """A client's wire. `clients` is the set of all that are open; `deadline` is the carrier's."""
+    """A client's wire. Between two requests it waits by itself, until `meet(client)` is due."""
 
-    __slots__ = ("address", "deadline", "served", "_clients")
+    AHEAD = 64 * 1024  # bytes that a client may send ahead of the answer it waits for
+    LINGER, LINGERERS = 1.0, 256  # seconds, and clients, that are heard out after a last answer
 
-    def __init__(self, sock, address, clients):
-        super().__init__(sock)
-        self.address, self.deadline, self.served, self._clients = address, FOR_EVER, False, clients
-        clients.add(self)
+    __slots__ = ("address", "deadline", "_server")
+    client = None
+
+    def __init__(self, sock, address, server):
+        super().__init__(sock, server.carrier)
+        self.address, self.deadline, self._server = address, FOR_EVER, server
+
+    @property
+    def heard(self):
+        """The events by which to notice what it says while it waits for an answer."""
+        return READ if len(self.ahead) <= self.AHEAD else 0
+
+    def hear(self):
+        """Read ahead what it says while it waits for an answer; whether it has left."""
+        try:
+            self.look()
+        except OSError:
+            return True
+        return self.has_left()
+
+    def park(self, patience):
+        """Wait for its next request, unless the proxy is about to stop."""
+        if self._server.draining and not self.ahead:
+            return self.close()
+        self.listen(patience)
+        if self.ahead:
+            self.carrier.soon(self._meet)
+
+    def listen(self, patience):
+        """Wait for a request, for so many seconds."""
+        self.deadline = time.monotonic() + patience
+        self.carrier.hold(self)
+        self._server.parked.add(self)
+        self.watch(READ, self.wake)
+
+    def wake(self, *_):
+        """It says something, or leaves."""
+        try:
+            gone = self.look() and not self.ahead
+        except OSError:
+            gone = True
+        if gone:
+            self.close()
+        elif self.ahead:
+            self._meet()
+
+    def _meet(self):
+        if self in self._server.parked:  # else it was closed meanwhile
+            self._let_go()
+            self._server.finish_request(self, self.address)
+
+    def linger(self):
+        """Close, but so that it can still read the last answer although it sends (RFC 9112, section 9.6)."""
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            return self.close()
+        if len(self._server.lingering) >= self.LINGERERS:
+            return self.close()
+        self.deadline = time.monotonic() + self.LINGER
+        self.carrier.hold(self)
+        self._server.lingering.add(self)
+        self.watch(READ, self._hear_out)
+
+    def _hear_out(self, *_):
+        try:
+            ended = self.receive() == b""
+        except OSError:
+            ended = True
+        if ended:
+            self.close()
+
+    def _let_go(self):
+        self.carrier.let_go(self)
+        self._server.parked.discard(self)
 
     def close(self, abruptly=False):
-        self._clients.discard(self)
+        self._let_go()
+        self._server.lingering.discard(self)
+        self._server.clients.discard(self)
         super().close(abruptly)
+
+    expire = stop = close
 
 
 class Mask:
@@ -1846,386 +2110,192 @@ class Mask:
 
 
 class Exchange:
-    """One answer on its way: out of the upstream's framing, into the client's.
+    """One answer on its way to a client: out of the upstream's framing, into the client's.
 
     `out` is what the client has not taken yet; while there is any, nothing more is read. `outcome` is set once the
-    body has ended, one way or the other. `over` is when nothing is left to do.
+    body has ended, one way or the other. An answer of the proxy's own has no upstream: it is all `out`.
     """
 
     TAIL = 2048  # bytes of the body that are kept to find its token counts in
+    PIECES = 8  # that these may be in
 
-    __slots__ = ("client", "wire", "answer", "record", "out", "chunked", "keep", "outcome", "deadline", "blocked",
-                 "_pool", "_tail", "_silence", "_stall", "_mask")
+    __slots__ = ("client", "wire", "record", "out", "chunked", "keep", "outcome", "deadline",
+                 "_answer", "_decoder", "_pool", "_blocked", "_tail", "_silence", "_stall", "_mask", "_plain")
 
-    def __init__(self, client, answer, record, upstream, settings):
-        self.client, self.wire, self.answer, self.record = client, answer.wire, answer, record
-        self._pool = upstream.pool
-        self._mask = Mask(upstream.mask.encode()) if upstream.mask and answer.head.status >= 300 else None
-        self.out, self.chunked, self.keep, self.outcome = b"", False, False, None
-        self.deadline, self.blocked, self._tail = FOR_EVER, False, b""
+    def __init__(self, client, settings, keep):
+        self.client, self.keep = client, keep  # whether the client's wire goes on after a whole answer
+        self.wire = self.record = self.outcome = self._answer = self._decoder = self._mask = None
+        self.out, self.chunked, self.deadline, self._blocked = b"", False, FOR_EVER, None
         self._silence, self._stall = settings.read_timeout or FOR_EVER, 4 * settings.client_timeout
 
-    @property
-    def over(self):
-        return self.outcome is not None and not self.out
+    def reply(self, data):
+        """Send an answer of the proxy's own."""
+        self.out, self.outcome = data, "ok"
+        self._flush(time.monotonic())
 
-    @property
-    def needs_reset(self):
-        """Whether a plain close would end the body as if it were whole."""
-        return not self.chunked and self.answer.decoder.size < 0
-
-    def begin(self, head):
-        """Send the client its head, with what of the body has come already."""
-        self.out = head
+    def begin(self, head, answer, record, upstream, chunked):
+        """Send the client the head of an upstream's answer, and its body as it comes."""
+        self.out, self._answer, self.record, self.chunked = head, answer, record, chunked
+        self.wire, self._decoder, self._pool, self._tail = answer.wire, answer.decoder, upstream.pool, []
+        if upstream.mask and answer.head.status >= 300:
+            self._mask = Mask(upstream.mask.encode())
+        self._plain = chunked and self._decoder.size == CHUNKED and not self._mask
         data, self.wire.ahead = self.wire.ahead, b""
-        if self.answer.decoder.done:
-            self.answer.decoder.rest = data
+        if self._decoder.done:
+            self._decoder.rest = data
             self._complete()
         elif data:
-            self.take(data)
-        if self.outcome:
-            self.release()
-        self.flush(time.monotonic())
+            self._take(data)
+        self._flush(time.monotonic())
 
-    def take(self, data):
-        """Take bytes from the upstream; b"" is its end."""
-        decoder = self.answer.decoder
+    def _from_upstream(self, wire, _):
         try:
-            payload = decoder.feed(data)
+            data = wire.sock.recv(PIECE)
+        except NOT_YET:
+            return
+        except OSError:  # a reset; or TLS without a goodbye, which may be a cut
+            self.outcome = UpstreamLost.outcome
+        else:
+            payload = self._plain and self._decoder.one_chunk(data)
+            if payload:  # nearly always: it can go as it is
+                self.out = data
+                self._note(payload, len(payload))
+            else:
+                self._take(data)
+        self._flush(self.client.carrier.now)
+
+    def _take(self, data):
+        """Take bytes from the upstream; b"" is its end."""
+        decoder = self._decoder
+        try:
+            pieces = decoder.feed(data)
         except Malformed:
             self.outcome = UpstreamLost.outcome
             return
         if self._mask:
-            payload = self._mask.hide(payload, last=decoder.done or not data)
-        if payload:
-            self.record.bytes_out += len(payload)
-            self._tail = (self._tail + payload if len(payload) < self.TAIL else payload)[-self.TAIL:]
-            self.out += b"%x\r\n%b\r\n" % (len(payload), payload) if self.chunked else payload
+            pieces = [self._mask.hide(b"".join(pieces), last=decoder.done or not data)]
+        size = sum(map(len, pieces))
+        if size:
+            payload = b"".join(pieces)
+            self._note(payload, size)
+            self.out += (self._plain and decoder.framed or as_chunk(payload)) if self.chunked else payload
         if decoder.done or not data and decoder.size == UNTIL_CLOSE:
             self._complete()
         elif not data:
             self.outcome = UpstreamLost.outcome
 
+    def _note(self, payload, size):
+        self.record.bytes_out += size
+        self._tail.append(payload if size <= self.TAIL else payload[-self.TAIL:])
+        if len(self._tail) > self.PIECES:
+            self._tail = [self.tail]
+
+    @property
+    def tail(self):
+        return b"".join(self._tail)[-self.TAIL:]
+
     def _complete(self):
         if self.chunked:
             self.out += b"0\r\n\r\n"
-        failed = self.record.status >= 400 or ends_in_error(self._tail)
+        failed = self.record.status >= 400 or ends_in_error(self.tail)
         self.outcome = "error" if failed else "ok"
 
-    def flush(self, now):
-        """Send what the client takes; raises OSError when it takes nothing any more."""
-        if self.out:
-            sent = self.client.send(self.out)
-            self.out = self.out[sent:] if sent < len(self.out) else b""
-        self.deadline = now + (self._stall if self.out else self._silence)
+    def _flush(self, now):
+        """Send what the client takes, and then listen to whichever side is to move."""
+        if self.outcome:
+            self._release()
+        try:
+            sent = self.client.send(self.out) if self.out else 0
+        except OSError:
+            return self.leave()
+        self.out = self.out[sent:] if sent < len(self.out) else b""
+        blocked = bool(self.out)
+        if self.outcome and not blocked:
+            return self._finish(self.outcome)
+        self.deadline = now + (self._stall if blocked else self._silence)
+        if blocked != self._blocked:
+            self._listen(blocked)
 
-    def release(self):
-        """Give the upstream's wire back to its pool, or close it; nobody else must be watching it."""
+    def _listen(self, blocked):
+        self._blocked = blocked
+        self.client.carrier.hold(self)
+        self.client.watch(self.client.heard | (WRITE if blocked else 0), self._from_client)
+        if self.wire:
+            self.wire.watch(0 if blocked else READ, self._from_upstream)
+
+    def _from_client(self, client, events):
+        if events & READ:
+            if client.hear():
+                return self.leave()
+            self._listen(self._blocked)
+        if events & WRITE:
+            self._flush(client.carrier.now)
+
+    def leave(self):
+        self._finish(ClientLeft.outcome)
+
+    def expire(self):
+        self._finish(ClientLeft.outcome if self.out else Silent.outcome)
+
+    def stop(self):
+        self._finish(Stopped.outcome)
+
+    def _release(self):
+        """Give the upstream's wire back to its pool, or close it."""
         wire, self.wire = self.wire, None
-        if wire and self.answer.keep and self.answer.decoder.done and not self.answer.decoder.rest:
+        if wire and self._answer.keep and self._decoder.done and not self._decoder.rest:
             self._pool.put(wire)
         elif wire:
             wire.close()
 
-    def close(self, log, outcome):
-        """Account for the exchange; whether the client's wire can go on."""
-        self.release()
-        record, answer = self.record, self.answer
-        if record.status < 400 and not answer.head.get("content-encoding"):
-            record.tokens_in, record.tokens_out = token_counts(self._tail)
-        log.request(record, outcome)
-        return self.keep and self.over and outcome in ("ok", "error")
-
-
-class Carrier(threading.Thread):
-    """One selector over all that needs no thread: answers, idle clients, clients that take their leave."""
-
-    TICK = 0.25  # seconds between looks at the deadlines
-    AHEAD = 64 * 1024  # bytes that a client may send ahead of the answer it waits for
-    LINGER, LINGERERS = 1.0, 256  # seconds, and clients, that are heard out after a last answer
-
-    def __init__(self, resume, log, settings):
-        super().__init__(name="carrier", daemon=True)
-        self.resume, self.log, self.settings = resume, log, settings
-        self.draining, self.stopped = False, threading.Event()
-        self._selector = selectors.DefaultSelector()
-        self._inbox = deque()  # (method, argument) from other threads
-        self._bell, bell = socket.socketpair()
-        for end in self._bell, bell:
-            end.setblocking(False)
-        self._held = {}  # what is watched -> what to do with it at its deadline
-        self._now = self._next_look = time.monotonic()
-        self._selector.register(bell, READ, (self._open_inbox, bell))
-        self._held[bell] = None
-        self._lingering = 0
-
-    # What other threads call:
-
-    def carry(self, exchange):
-        """Take over an exchange whose head has gone out."""
-        self._call(self._carry, exchange)
-
-    def park(self, client):
-        """Keep a client until its next request begins."""
-        self._call(self._park, client)
-
-    def linger(self, client):
-        """Close a client, but so that it can still read the last answer although it sends (RFC 9112, section 9.6)."""
-        self._call(self._linger, client)
-
-    def drain(self):
-        """Let go of idle clients, from now on."""
-        self._call(self._drain, None)
-
-    def stop(self):
-        """Cut what is left, and come back when that is done."""
-        self._call(self._stop, None)
-        self.stopped.wait(1)
-
-    def _call(self, method, argument):
-        self._inbox.append((method, argument))
-        try:
-            self._bell.send(b"!")
-        except BlockingIOError:  # it is ringing already
-            return
-
-    # What its own thread does:
-
-    def run(self):
-        while True:
-            ready = self._selector.select(self.TICK if len(self._held) > 1 else None)
-            self._now = now = time.monotonic()
-            for key, events in ready:
-                act, held = key.data
-                if held in self._held:  # else it ended earlier in this round
-                    try:
-                        act(held, events)
-                    except Exception as bug:
-                        self._drop(held, bug)
-            if now >= self._next_look:
-                self._next_look = now + self.TICK
-                for held, expire in [*self._held.items()]:
-                    if expire and now > held.deadline:
-                        self._guard(expire, held)
-                    elif isinstance(held, Exchange) and len(held.client.ahead) > self.AHEAD and held.client.has_left():
-                        self._guard(self._leave, held)
-
-    def _guard(self, method, held):
-        try:
-            method(held)
-        except Exception as bug:
-            self._drop(held, bug)
-
-    def _drop(self, held, bug):
-        self.log.event("error", "bug", f"the carrier dropped a connection: {describe(bug)}")
-        self._held.pop(held, None)
-        for wire in filter(None, (held.client, held.wire) if isinstance(held, Exchange) else (held,)):
-            self._watch(wire, 0)
-            wire.close(abruptly=True)
-
-    def _open_inbox(self, bell, _):
-        bell.recv(4096)
-        while self._inbox:
-            self._guard(*self._inbox.popleft())
-
-    def _watch(self, wire, events, act=None, held=None):
-        watched = wire.sock.fileno() >= 0 and wire.sock in self._selector.get_map()
-        if events and watched:
-            self._selector.modify(wire.sock, events, (act, held))
-        elif events:
-            self._selector.register(wire.sock, events, (act, held))
-        elif watched:
-            self._selector.unregister(wire.sock)
-
-    def _carry(self, exchange):
-        self._held[exchange] = self._expire
-        exchange.blocked = bool(exchange.out)
-        self._watch(exchange.client, READ | WRITE if exchange.blocked else READ, self._from_client, exchange)
-        if not exchange.blocked:
-            self._watch(exchange.wire, READ, self._from_upstream, exchange)
-        if self.stopped.is_set():
-            self._finish(exchange, "stopped")
-
-    def _from_upstream(self, exchange, _):
-        try:
-            data = exchange.wire.receive()
-        except OSError:  # a reset; or TLS without a goodbye, which may be a cut
-            exchange.outcome = UpstreamLost.outcome
+    def _finish(self, outcome):
+        """Account for the exchange, and let the client go on, or go."""
+        client, record = self.client, self.record
+        client.carrier.let_go(self)
+        self._release()
+        if record:
+            if record.status < 400 and not self._answer.head.get("content-encoding"):
+                record.tokens_in, record.tokens_out = token_counts(self.tail)
+            client.carrier.log.request(record, outcome)
+        if self.out or outcome not in ("ok", "error"):  # a plain close would end some bodies as if they were whole
+            client.close(abruptly=bool(record) and not self.chunked and self._decoder.size < 0)
+        elif self.keep:
+            client.park(self._stall)
         else:
-            if data is None:
-                return
-            exchange.take(data)
-        if exchange.outcome:
-            self._watch(exchange.wire, 0)
-            exchange.release()
-        self._flush(exchange)
-
-    def _from_client(self, exchange, events):
-        client = exchange.client
-        if events & READ:
-            try:
-                client.look()
-            except OSError:
-                return self._leave(exchange)
-            if client.has_left():
-                return self._leave(exchange)
-            if len(client.ahead) > self.AHEAD:
-                self._watch(client, WRITE if exchange.blocked else 0, self._from_client, exchange)
-        if events & WRITE:
-            self._flush(exchange)
-
-    def _flush(self, exchange):
-        """Send, and then listen to whichever side is to move."""
-        try:
-            exchange.flush(self._now)
-        except OSError:
-            return self._leave(exchange)
-        if exchange.over:
-            return self._finish(exchange, exchange.outcome)
-        blocked = bool(exchange.out)
-        if blocked != exchange.blocked:
-            exchange.blocked = blocked
-            hears = READ if len(exchange.client.ahead) <= self.AHEAD else 0
-            self._watch(exchange.client, hears | (WRITE if blocked else 0), self._from_client, exchange)
-            if exchange.wire:
-                self._watch(exchange.wire, 0 if blocked else READ, self._from_upstream, exchange)
-
-    def _leave(self, exchange):
-        self._finish(exchange, ClientLeft.outcome)
-
-    def _expire(self, exchange):
-        self._finish(exchange, ClientLeft.outcome if exchange.out else Silent.outcome)
-
-    def _finish(self, exchange, outcome):
-        client = exchange.client
-        del self._held[exchange]
-        if exchange.wire:
-            self._watch(exchange.wire, 0)
-        if exchange.close(self.log, outcome):
-            self._park(client)
-        elif exchange.over and outcome in ("ok", "error"):
-            self._linger(client)
-        else:
-            self._watch(client, 0)
-            client.close(abruptly=exchange.needs_reset)
-
-    def _park(self, client):
-        if client.ahead:
-            self._watch(client, 0)
-            self.resume(client)
-        elif self.draining:
-            self._close(client)
-        else:
-            client.deadline = time.monotonic() + self.settings.client_timeout * (4 if client.served else 1)
-            self._held[client] = self._close
-            self._watch(client, READ, self._wake, client)
-
-    def _wake(self, client, _):
-        try:
-            gone = client.look() and not client.ahead
-        except OSError:
-            gone = True
-        if gone:
-            return self._close(client)
-        if client.ahead:
-            del self._held[client]
-            self._watch(client, 0)
-            self.resume(client)
-
-    def _close(self, client):
-        self._held.pop(client, None)
-        self._watch(client, 0)
-        client.close()
-
-    def _linger(self, client):
-        if self._lingering >= self.LINGERERS:
-            return self._close(client)
-        try:
-            client.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            return self._close(client)
-        client.deadline = time.monotonic() + self.LINGER
-        self._lingering += 1
-        self._held[client] = self._give_up
-        self._watch(client, READ, self._hear_out, client)
-
-    def _hear_out(self, client, _):
-        try:
-            ended = client.receive() == b""
-        except OSError:
-            ended = True
-        if ended:
-            self._give_up(client)
-
-    def _give_up(self, client):
-        self._lingering -= 1
-        self._close(client)
-
-    def _drain(self, _):
-        self.draining = True
-        for held in [held for held, expire in self._held.items() if expire == self._close]:
-            self._close(held)
-
-    def _stop(self, _):
-        self._drain(_)
-        for held in [held for held in self._held if isinstance(held, Exchange)]:
-            self._finish(held, "stopped")
-        self.stopped.set()
-
-
-def describe(bug):
-    """Say where an exception that nobody expected came from, in one line."""
-    place = bug.__traceback__
-    while place.tb_next:
-        place = place.tb_next
-    return f"{type(bug).__name__}: {bug} (line {place.tb_lineno}, {place.tb_frame.f_code.co_name})"
+            client.linger()
 
 
 # ---- Handler ----------------------------------------------------------------
 
 OWN_VERSION = "0.33.0"  # of the Ollama API; what an upstream without /api/version is said to have
-JSON_TYPE = "Content-Type: application/json\r\n"
+JSON_TYPE, TE_CHUNKED = "Content-Type: application/json\r\n", "Transfer-Encoding: chunked\r\n"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+LONG = 64 * 1024  # bytes of a body from which on a thread of its own looks through it
 
 
 class Handler(BaseRequestHandler):
-    """What a thread does for one client, from a request's first line until the carrier takes over."""
-
-    PAUSE = 0.02  # seconds that a thread waits for a kept client's next request before the carrier does
+    """What is done for one request, from its first byte until an exchange takes over."""
 
     def handle(self):
-        self.client = self.request
-        try:
-            while self.client.ahead or self._comes():
-                if not self.answer():
-                    return
-        except OSError:
-            return self.client.close()
-        self.server.carrier.park(self.client)
-
-    def _comes(self):
-        try:
-            wait(self.client, select.POLLIN, time.monotonic() + self.PAUSE)
-        except TimeoutError:
-            return False
-        if self.client.look() and not self.client.ahead:
-            raise ConnectionError("the client left between requests")
-        return True
+        self.server.carrier.start(self.answer(), self.request)
 
     def answer(self):
-        """Answer one request; whether the client is still this thread's. The one place where an exception meets it."""
-        self.head = self.target = self.upload = None
+        """Answer one request. The one place where an exception meets the client."""
+        self.client, self.head, self.target, self.upload = self.request, None, None, None
         self.settings, self.doorman, self.upstream = self.server.rules
         self.cors, self.record = self.doorman.cors_unseen, Record(self.client.address)
         try:
-            self.read_head()
-            page = self.own_page()
-            return self.reply(*page) if page else self.relay()
+            yield from self.read_head()
+            page = yield from self.own_page()
+            if page:
+                self.reply(*page)
+            else:
+                yield from self.relay()
         except Failure as failure:
-            return self.refuse(failure)
+            self.refuse(failure)
         except Exception as bug:
             self.server.log.event("error", "bug", describe(bug))
-            return self.refuse(Failure("the proxy has a bug; its log says where"))
+            self.refuse(Failure("the proxy has a bug; its log says where"))
 
     # What the request is:
 
@@ -2233,13 +2303,13 @@ class Handler(BaseRequestHandler):
         """Read the head and decide who asks for what; raises a Failure."""
         settings, client, record = self.settings, self.client, self.record
         try:
-            head = parse_request(next_head(client, time.monotonic() + settings.client_timeout))
+            block = yield from next_head(client, time.monotonic() + settings.client_timeout)
         except TimeoutError:
             raise Refused("the head of the request took too long", 408) from None
         except (OSError, EOFError) as error:
             raise ClientLeft("the client left before its request was whole") from error
-        client.served = True
-        self.head, record.method = head, head.method
+        head = self.head = parse_request(block) if len(block) > SHORT else short_request(block)
+        record.method = head.method
         given = head.get("x-request-id")
         if REQUEST_ID.fullmatch(given):
             record.id = given
@@ -2271,7 +2341,8 @@ class Handler(BaseRequestHandler):
                 raise Refused(f"there is no page {printable(target.shown)} here", 404)
             if not reads:
                 raise Refused("this page is only to be read", 405, [("Allow", "GET, HEAD")])
-            return page(self)
+            answer = page(self)
+            return answer if isinstance(answer, tuple) else (yield from answer)
         is_open = target.path == "/api/version" and reads or (
             self.settings.public_models and f"{head.method} {target.path}" in LISTS)
         try:
@@ -2282,15 +2353,15 @@ class Handler(BaseRequestHandler):
         return None
 
     def page_root(self):
-        return 200, b"Ollama is running", ["Content-Type: text/plain; charset=utf-8\r\n"]
+        return 200, b"Ollama is running", "Content-Type: text/plain; charset=utf-8\r\n"
 
     def page_health(self):
-        return 200, b'{"status": "ok"}', [JSON_TYPE]
+        return 200, b'{"status": "ok"}', JSON_TYPE
 
     def page_ready(self):
-        status = "draining" if self.server.draining else (
-            "ok" if self.upstream.is_reachable() else "no upstream can be reached")
-        return 200 if status == "ok" else 503, json.dumps({"status": status}).encode(), [JSON_TYPE]
+        reachable = not self.server.draining and (yield from self.upstream.is_reachable())
+        status = "ok" if reachable else "draining" if self.server.draining else "no upstream can be reached"
+        return 200 if reachable else 503, json.dumps({"status": status}).encode(), JSON_TYPE
 
     # What goes up:
 
@@ -2300,76 +2371,66 @@ class Handler(BaseRequestHandler):
         self.record.upstream = self.upstream.name
         held, body = head.method == "POST" and path in INFERENCE, b""
         if held:
-            body = upload.whole(self.settings.max_body)
-            self.record.model = (named_model(body) or "")[:200] or None
+            body = yield from upload.whole(self.settings.max_body)
+            self.record.model = ((yield from self.examine(body, named_model)) or "")[:200] or None
             if path == "/embeddings":
-                path = "/v1/embeddings" if b"input" in members(body) else "/api/embeddings"
+                is_openai = b"input" in (yield from self.examine(body, members))
+                path = "/v1/embeddings" if is_openai else "/api/embeddings"
         asked = (head.method, path + self.target.query, self.lines_up(held, len(body)), body,
-                 None if upload.done else upload, self.client)
-        return self.give_version(asked) if path == "/api/version" else self.give(self.upstream.ask(*asked))
+                 None if upload.done else upload)
+        if path == "/api/version":
+            yield from self.give_version(asked)
+        else:
+            self.give((yield from self.upstream.ask(*asked)))
+
+    def examine(self, body, look):
+        """Look at a body; at a long one in a thread, since all others would have to wait."""
+        if len(body) < LONG:
+            return look(body)
+        return (yield from in_thread(self.server.carrier, None, look, body))
 
     def lines_up(self, held, length):
         """The header lines of the request, but for the upstream's own Host and key."""
-        head, client = self.head, self.client
+        head, client, declared = self.head, self.client, self.upload.declared
         trusted = is_trusted(client.address, self.settings.trusted)
         chain = head.all("x-forwarded-for") if trusted else ()
-        lines = fields_up(head, identity=held)
-        if held or self.upload.declared is not None and self.upload.declared >= 0:
-            lines.append(f"Content-Length: {length if held else self.upload.declared}\r\n")
-        elif self.upload.declared == CHUNKED:
-            lines.append("Transfer-Encoding: chunked\r\n")
-        lines.append(f"Via: 1.1 {self.server.name}\r\nX-Forwarded-For: {', '.join((*chain, client.address))}\r\n"
-                     f"X-Forwarded-Proto: {trusted and head.get('x-forwarded-proto') or 'http'}\r\n"
-                     f"X-Request-Id: {self.record.id}\r\n")
         host = trusted and head.get("x-forwarded-host") or head.get("host")
-        if host:
-            lines.append(f"X-Forwarded-Host: {host}\r\n")
-        return lines
+        size = length if held else declared
+        return "".join((
+            fields_up(head, held),
+            "" if size is None else TE_CHUNKED if size == CHUNKED else f"Content-Length: {size}\r\n",
+            f"Via: 1.1 {self.server.name}\r\nX-Forwarded-For: {', '.join((*chain, client.address))}\r\n"
+            f"X-Forwarded-Proto: {trusted and head.get('x-forwarded-proto') or 'http'}\r\n"
+            f"X-Request-Id: {self.record.id}\r\n", f"X-Forwarded-Host: {host}\r\n" if host else ""))
 
     # What comes down:
 
     def give(self, answer):
-        """Send the answer's head and what of its body is there; the rest is the carrier's."""
-        head, record, server, upstream = self.head, self.record, self.server, self.upstream
-        exchange = Exchange(self.client, answer, record, upstream, self.settings)
-        lines = fields_down(answer.head, upstream.mask)
-        size = answer.decoder.size
-        exchange.chunked = size < 0 and head.version == 1
-        if exchange.chunked:
-            lines.append("Transfer-Encoding: chunked\r\n")
-        elif size >= 0 and answer.head.all("content-length") and answer.head.status != 204:
-            lines.append(f"Content-Length: {answer.head.get('content-length')}\r\n")
-        exchange.keep = self.keeps() and (exchange.chunked or size >= 0)
-        lines += self.closing_lines(exchange.keep)
-        lines.append(f"X-Proxy-Upstream: {upstream.name}\r\nX-Accel-Buffering: no\r\n")
-        record.answered(answer.head.status)
+        """Send the answer's head and what of its body is there; the rest is the exchange's."""
+        head, record, upstream, size = answer.head, self.record, self.upstream, answer.decoder.size
+        chunked = size < 0 and self.head.version == 1
+        keep = self.keeps() and (chunked or size >= 0)
+        framing, reason = "", head.reason
+        if chunked:
+            framing = TE_CHUNKED
+        elif size >= 0 and head.get("content-length") and head.status != 204:
+            framing = f"Content-Length: {head.get('content-length')}\r\n"
+        record.answered(head.status)
         record.bytes_in = self.upload.received
-        if answer.head.status == 401:
-            server.complain("key", f"upstream {upstream.name} answers 401: " + (
+        if head.status == 401:
+            self.server.complain("key", f"upstream {upstream.name} answers 401: " + (
                 "it refuses the key" if upstream.key else f"it wants a key, {upstream.address.key_name}"))
-        reason = answer.head.reason
         if upstream.mask and upstream.mask in reason:
             reason = ""
-        try:
-            exchange.begin(head_bytes(f"HTTP/1.1 {answer.head.status} {reason}\r\n", lines))
-        except OSError:
-            exchange.close(server.log, ClientLeft.outcome)
-            self.client.close()
-            return False
-        if not exchange.over:
-            server.carrier.carry(exchange)
-        elif exchange.close(server.log, exchange.outcome):
-            return True
-        elif exchange.outcome == UpstreamLost.outcome:
-            self.client.close(abruptly=exchange.needs_reset)
-        else:
-            server.carrier.linger(self.client)
-        return False
+        data = head_bytes(f"HTTP/1.1 {head.status} {reason}\r\n", fields_down(head, upstream.mask) + framing
+                          + self.closing_lines(keep)
+                          + f"X-Proxy-Upstream: {upstream.name}\r\nX-Accel-Buffering: no\r\n")
+        Exchange(self.client, self.settings, keep).begin(data, answer, record, upstream, chunked)
 
     def give_version(self, asked):
         """Relay the upstream's version; where it has none, say one that clients accept."""
         try:
-            answer = self.upstream.ask(*asked)
+            answer = yield from self.upstream.ask(*asked)
         except (Unreachable, UpstreamLost, Silent):
             answer = None
         if answer and answer.head.status == 200:
@@ -2379,53 +2440,40 @@ class Handler(BaseRequestHandler):
         self.record.upstream = None
         self.record.answered(200)
         self.server.log.request(self.record, "ok")
-        return self.reply(200, json.dumps({"version": OWN_VERSION}).encode(), [JSON_TYPE])
+        self.reply(200, json.dumps({"version": OWN_VERSION}).encode(), JSON_TYPE)
 
     def keeps(self):
         return self.head.keeps() and self.upload.done and not self.server.draining
 
     def closing_lines(self, keep):
-        """The lines that every answer ends its head with."""
-        connection = [] if keep and self.head.version else [f"Connection: {'keep-alive' if keep else 'close'}\r\n"]
-        return [f"X-Request-Id: {self.record.id}\r\n", *self.cors, *connection]
+        """The lines that every answer has."""
+        connection = "" if keep and self.head.version else f"Connection: {'keep-alive' if keep else 'close'}\r\n"
+        return f"X-Request-Id: {self.record.id}\r\n{self.cors}{connection}"
 
     def reply(self, status, body, lines):
-        """Send an answer of the proxy's own; whether the client is still this thread's."""
+        """Send an answer of the proxy's own."""
         keep = bool(self.upload and self.upload.skip()) and self.keeps()
-        lines = [*lines, f"Date: {formatdate(usegmt=True)}\r\nCache-Control: no-store\r\n", *self.closing_lines(keep)]
+        lines += f"Date: {formatdate(usegmt=True)}\r\nCache-Control: no-store\r\n{self.closing_lines(keep)}"
         if status != 204:
-            lines.append(f"Content-Length: {len(body)}\r\n")
+            lines += f"Content-Length: {len(body)}\r\n"
         if self.head and self.head.method == "HEAD":
             body = b""
         data = head_bytes(f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n", lines) + body
-        try:
-            push(self.client, data, time.monotonic() + self.settings.client_timeout)
-        except OSError:
-            self.client.close()
-            return False
-        if not keep:
-            self.server.carrier.linger(self.client)
-        return keep
+        Exchange(self.client, self.settings, keep).reply(data)
 
     def refuse(self, failure):
         """End the request with an error in the dialect of its path."""
-        record, status, words, path = self.record, failure.status, str(failure), ""
+        record, path = self.record, self.target.path if self.target else ""
         record.bytes_in = self.upload.received if self.upload else 0
-        outcome = failure.outcome
-        if isinstance(failure, ClientLeft):
-            if not self.server.stopping or not self.head:
-                if self.head:
-                    self.server.log.request(record, outcome)
-                self.client.close()
-                return False
-            status, words, outcome = 503, "the proxy is being stopped", "stopped"
-        if not self.head or self.target is None or not self.target.is_own:
-            record.answered(status)
-            self.server.log.request(record, outcome)
-        if self.target:
-            path = self.target.path
-        lines = [JSON_TYPE, *(f"{name}: {value}\r\n" for name, value in failure.headers)]
-        return self.reply(status, error_body(path, status, words, record.id), lines)
+        told = not isinstance(failure, ClientLeft) and (self.head or not isinstance(failure, Stopped))
+        if told:
+            record.answered(failure.status)
+        if not self.target.is_own if self.target else self.head or told:
+            self.server.log.request(record, failure.outcome)
+        if not told:
+            return self.client.close()
+        lines = JSON_TYPE + "".join(f"{name}: {value}\r\n" for name, value in failure.headers)
+        self.reply(failure.status, error_body(path, failure.status, str(failure), record.id), lines)
 
 
 OWN_PAGES = {"/": Handler.page_root, "/-/health": Handler.page_health, "/-/ready": Handler.page_ready}
@@ -2434,66 +2482,30 @@ OWN_PAGES = {"/": Handler.page_root, "/-/health": Handler.page_health, "/-/ready
 # ---- Server -----------------------------------------------------------------
 
 
-class Workers:
-    """Threads that wait for work, the last to finish first in line; surplus ones end after a while."""
-
-    IDLE = 2.0  # seconds
-
-    def __init__(self, work):
-        self._work, self._idle = work, deque()
-
-    def put(self, item):
-        """Have a thread do its work on the item at once."""
-        try:
-            inbox = self._idle.pop()
-        except IndexError:
-            inbox = queue.SimpleQueue()
-            _thread.start_new_thread(self._run, (inbox,))  # a Thread would have us wait until it runs
-        inbox.put(item)
-
-    def _run(self, inbox):
-        item = inbox.get()
-        while True:
-            self._work(item)
-            del item
-            self._idle.append(inbox)
-            try:
-                item = inbox.get(timeout=self.IDLE)
-            except queue.Empty:
-                try:
-                    self._idle.remove(inbox)
-                    return
-                except ValueError:  # somebody has just taken it to put an item in
-                    item = inbox.get()
-
-
 class Server(ThreadingHTTPServer):
-    """Listens, gives each client that has something to say a thread, and knows who is there."""
+    """Listens, makes each client's requests a task of the carrier's instead of a thread, and knows who is there.
+
+    A thread a client costs two handovers of the interpreter's lock for each system call: five times as much.
+    """
 
     request_queue_size = 1024
-    daemon_threads = True
-    block_on_close = False
     allow_reuse_port = False
-    PAUSE = 0.1  # seconds without accepting when there are no descriptors left
+    AT_ONCE = 64  # clients that are let in before others have their turn
+    PAUSE = 1.0  # seconds between two rounds of housekeeping, and without accepting when no descriptors are left
+    client = None  # what a carrier holds has one
 
     def __init__(self, settings, log):
-        self.settings, self.log = settings, log
-        self.draining = self.stopping = False
-        self.clients = set()
+        self.settings, self.log, self.carrier = settings, log, Carrier(log)
+        self.draining, self.deadline = False, 0.0
+        self.clients, self.parked, self.lingering = set(), set(), set()
         self.name = "ollama_proxy-" + os.urandom(4).hex()  # by which it knows its own requests
-        self._complained = {}
+        self._complained, self._stopped = {}, threading.Event()
         if ":" in settings.host:
             self.address_family = socket.AF_INET6
         super().__init__((settings.host, settings.port), Handler)
+        self._door = Wire(self.socket, self.carrier)
+        self.upstream = None
         self.adopt(settings)
-        self.workers = Workers(self.serve)
-        self.carrier = Carrier(self.workers.put, log, settings)
-        self.carrier.start()
-
-    def adopt(self, settings):
-        """Obey new settings from the next request on."""
-        self.settings, self.upstream = settings, Upstream(settings.upstreams[0], settings, self.log)
-        self.rules = settings, Doorman(settings), self.upstream  # what one request goes by from its start to its end
 
     @property
     def url(self):
@@ -2503,53 +2515,68 @@ class Server(ThreadingHTTPServer):
     def server_bind(self):
         TCPServer.server_bind(self)  # HTTPServer's asks DNS for this host's name, which can take long
 
-    def get_request(self):
-        try:
-            return super().get_request()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                self.complain("limit", f"no descriptors are left for clients ({error.strerror}): raise LimitNOFILE")
-                time.sleep(self.PAUSE)
-            raise
+    def adopt(self, settings):
+        """Obey settings from the next request on."""
+        if self.upstream:
+            self.upstream.pool.close()
+        self.settings, self.upstream = settings, Upstream(settings.upstreams[0], settings, self.carrier)
+        self.rules = settings, Doorman(settings), self.upstream  # what one request goes by from its start to its end
+
+    # The carrier's thread:
+
+    def serve_forever(self, poll_interval=None):
+        """Be the carrier's thread until shutdown(); `poll_interval` is for the base class's callers."""
+        self.expire()
+        self.carrier.run()
+        self._stopped.set()
+
+    def expire(self):
+        """Keep house; the carrier calls it now and then, as it does with all that it holds."""
+        self.upstream.pool.prune()
+        if not self.draining:
+            self._door.watch(READ, self._knock)
+            self.deadline = time.monotonic() + self.PAUSE
+            self.carrier.hold(self)
+
+    def stop(self):
+        """The carrier stops; the door is closed already."""
+
+    def _knock(self, *_):
+        """Let in some of those who wait; whether more may."""
+        for _ in range(self.AT_ONCE):
+            try:
+                self.process_request(*self.get_request())
+            except BlockingIOError:
+                return False
+            except OSError as error:  # of this client, who has left; or of the system
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    self.complain("limit", f"no descriptors are left for clients ({error.strerror}): raise LimitNOFILE")
+                    self._door.watch(0)
+                    return False
+        return True
 
     def process_request(self, request, client_address):
-        """Give a new client a thread, or say that there are too many."""
-        crowded = len(self.clients) >= self.settings.max_connections
+        """Let a new client in, or say that there are too many."""
         address = client_address[0].partition("%")[0]
-        address = address[7:] if address.startswith("::ffff:") else address  # IPv4, on a socket for both
-        client = Client(request, address, set() if crowded else self.clients)
-        if not crowded:
-            try:
-                return self.workers.put(client)
-            except RuntimeError as error:
-                self.complain("limit", f"a client was sent away: {error}")
-                return client.close()
+        client = Client(request, address[7:] if address.startswith("::ffff:") else address, self)  # IPv4 on either
+        if len(self.clients) < self.settings.max_connections:
+            self.clients.add(client)
+            client.listen(self.settings.client_timeout)
+            return client.wake()
         self.complain("limit", f"over {self.settings.max_connections} clients (PROXY_MAX_CONNECTIONS): some get 503")
         body = error_body("", 503, "too many clients are connected to the proxy", None)
-        client.send(head_bytes("HTTP/1.1 503 Service Unavailable\r\n", [
-            *self.rules[1].cors_unseen, "Content-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n",
-            f"X-Request-Id: {os.urandom(8).hex()}\r\nContent-Length: {len(body)}\r\n"]) + body)
-        self.carrier.linger(client)
-
-    def serve(self, client):
-        """What a worker does: let a handler answer the client's requests."""
-        try:
-            self.finish_request(client, client.address)
-        except Exception as bug:
-            self.log.event("error", "bug", describe(bug))
-            client.close(abruptly=True)
-
-    def handle_error(self, request, client_address):
-        self.complain("limit", f"a client could not be taken: {sys.exc_info()[1]}")
-
-    def service_actions(self):
-        self.upstream.pool.prune()
+        client.send(head_bytes("HTTP/1.1 503 Service Unavailable\r\n", (
+            f"{self.rules[1].cors_unseen}{JSON_TYPE}Retry-After: 1\r\nConnection: close\r\n"
+            f"X-Request-Id: {Record(address).id}\r\nContent-Length: {len(body)}\r\n")) + body)
+        client.linger()
 
     def complain(self, event, words):
         """Log what may happen very often, once a minute."""
         if time.monotonic() - self._complained.get(event, float("-inf")) > 60:
             self._complained[event] = time.monotonic()
             self.log.event("warning", event, words)
+
+    # The main thread:
 
     def reload(self, environ):
         """Read the settings again; bad ones change nothing."""
@@ -2562,41 +2589,38 @@ class Server(ThreadingHTTPServer):
             return
         if (settings.host, settings.port) != (self.settings.host, self.settings.port):
             warnings.append("PROXY_HOST and PROXY_PORT change with a restart only")
-        old = self.upstream
-        self.adopt(settings)
-        self.carrier.settings = settings
-        old.pool.close()
+        self.carrier.perform(self.adopt, settings)
         for words in warnings:
             self.log.event("warning", "settings", words)
         self.log.event("info", "reload", "the settings have been read again")
 
-    def stop_listening(self):
-        """Take those who have knocked already, and close the door; a plain close would reset them."""
-        self.shutdown()
-        self.socket.setblocking(False)
-        try:
-            while True:
-                self.process_request(*super().get_request())
-        except OSError:
-            self.server_close()
-
     def drain(self, seconds):
-        """Let requests end for so long, then cut what is left."""
-        self.draining = True
-        self.carrier.drain()
+        """Let in those who have knocked, and no more; let requests end for so long, then cut what is left."""
+        self.carrier.perform(self._close_door)
         deadline = time.monotonic() + seconds
         while self.clients and time.monotonic() < deadline:
             time.sleep(0.02)
-        self.stopping = True
-        self.carrier.stop()
-        for client in [*self.clients]:  # of those that threads still hold: they notice, and say 503
-            try:
-                client.sock.shutdown(socket.SHUT_RD)
-            except OSError:
-                continue
+        self.carrier.perform(self.carrier.stop)
         deadline = time.monotonic() + 1
-        while self.clients and time.monotonic() < deadline:
+        while self.clients and time.monotonic() < deadline:  # for the last words to go out
             time.sleep(0.02)
+        self.shutdown()
+
+    def _close_door(self):
+        if self.draining:
+            return
+        self.draining = True
+        for client in [*self.parked]:
+            if not client.ahead:
+                client.close()
+        while self._knock():  # a plain close would reset them
+            pass
+        self._door.close()
+
+    def shutdown(self):
+        """End serve_forever(), and wait until that has happened."""
+        self.carrier.call(self.carrier.close)
+        self._stopped.wait()
 
 
 # ---- Command line -----------------------------------------------------------
@@ -2712,7 +2736,7 @@ def start(settings, log):
         else:
             words = f"cannot listen on {place}: {error.strerror or error}; set PROXY_HOST and PROXY_PORT"
         sys.exit(fail(words))
-    threading.Thread(target=server.serve_forever, args=(0.2,), name="listener", daemon=True).start()
+    threading.Thread(target=server.serve_forever, name="carrier", daemon=True).start()
     if settings.upstreams[0].scheme == "https":
         threading.Thread(target=tls_context, name="certificates", daemon=True).start()
     return server
@@ -2744,9 +2768,7 @@ def run(server, signals, environ):
     for second in signal.SIGTERM, signal.SIGINT:
         signal.signal(second, lambda number, frame: os._exit(128 + number))
     drain = server.settings.drain
-    server.draining = True
     server.log.event("info", "stop", f"no more clients; answers may go on for {drain:g} seconds (PROXY_DRAIN)")
-    server.stop_listening()
     server.drain(drain)
     server.log.event("info", "stop", "bye")
     server.log.close()
@@ -2828,9 +2850,18 @@ def check(environ):
         print(f"{name:<24}{value or '-'}")
     for words in warnings:
         print(f"warning: {words}")
-    log = Log(os.devnull)  # what it would say is printed
-    good = [probe(Upstream(address, settings, log)) for address in settings.upstreams]
-    return 0 if all(good) else 1
+    carrier, good = Carrier(Log(os.devnull)), []  # what it would log is printed
+
+    def probes():
+        try:
+            for address in settings.upstreams:
+                good.append((yield from probe(Upstream(address, settings, carrier))))
+        finally:
+            carrier.close()
+
+    carrier.start(probes())
+    carrier.run()
+    return 0 if good and all(good) else 1
 
 
 def probe(upstream):
@@ -2842,9 +2873,9 @@ def probe(upstream):
     began = time.monotonic()
     print(f"\n{upstream.name} ({upstream.address})")
     try:
-        upstream.is_reachable()
+        yield from upstream.is_reachable()
         connected = time.monotonic()
-        answer = upstream.ask("GET", path, ["Accept: application/json\r\n"])
+        answer = yield from upstream.ask("GET", path, "Accept: application/json\r\n")
     except Failure as failure:
         print(f"  {failure}")
         return False
