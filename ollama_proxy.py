@@ -66,7 +66,8 @@ from functools import lru_cache
 from http.client import responses as REASONS
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from json.encoder import encode_basestring_ascii as quoted
-from socketserver import BaseRequestHandler, TCPServer
+from operator import attrgetter
+from socketserver import TCPServer
 from urllib.parse import unquote_to_bytes, urlsplit
 
 __version__ = "1.0.0"
@@ -774,6 +775,7 @@ def head_bytes(first_line, lines):
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]{0,4000})?")
 CHUNK_LINE_LIMIT, TRAILER_LIMIT = 4096, 8192
 CRLF = b"\r\n"
+KNOWN_LINES = {}  # of chunks, with the CRLF on either side -> size; only short ones, and not more than there are
 
 
 @lru_cache(maxsize=1024)  # of lines of 4 KiB at the most
@@ -789,98 +791,100 @@ def chunk_size(line):
     return int(match[1], 16)
 
 
+@lru_cache(maxsize=64)
+def chunks_like(line, size):
+    """A pattern of any number of chunks with this size line."""
+    return re.compile(b"(?:%b.{%d})*" % (line, size), re.S)
+
+
 class Decoder:
     """Follows one body through whatever pieces it comes in.
 
     `size` is its length, CHUNKED or UNTIL_CLOSE. When `done`, `rest` is what came behind it.
     """
 
-    BULK = 4096  # bytes from which on chunks are worth taking by the dozen
-
-    __slots__ = ("size", "done", "rest", "framed", "_left", "_line", "_trailer")
+    __slots__ = ("size", "done", "rest", "_left", "_line", "_width", "_trailer")
 
     def __init__(self, size):
         self.size, self.done, self.rest = size, size == 0, b""
-        self.framed = None  # the last payload in chunks, where it need not be framed again
         self._left = size if size > 0 else 0  # of the body, or of the chunk that is being read
         self._line = CRLF  # an unfinished size line: the CRLF that ends a chunk is read as part of the next line
-        self._trailer = False
-
-    def one_chunk(self, data):
-        """The payload, if these bytes are just one whole chunk; else None, and nothing has happened."""
-        if self._left or self._line is not CRLF or self._trailer or data[-2:] != CRLF:
-            return None
-        end = data.find(CRLF)
-        if not 0 < end < 16 or chunk_size(data[:end]) != len(data) - end - 4:
-            return None
-        return data[end + 2:-2]
+        self._width, self._trailer = 6, False  # of the last size line, both of its CRLFs included
 
     def feed(self, data):
-        """Return the payload among these bytes, a list of pieces; raises Malformed."""
+        """Return the payload among these bytes; raises Malformed."""
         if self.size == CHUNKED:
-            return self._chunks(data)
+            pieces = []
+            self.follow(data, pieces.append)
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
         if self.size == UNTIL_CLOSE:
-            return [data]
+            return data
         payload = data[:self._left]
         self._left -= len(payload)
         if not self._left:
             self.done, self.rest = True, data[len(payload):]
-        return [payload]
+        return payload
 
-    def _chunks(self, data):
-        self.framed = None
-        if self._trailer:
+    def follow(self, data, take=None):
+        """Follow chunks without decoding them, but for what `take` is to have of their payload.
+
+        Returns (how much payload is among these bytes, those of them that come before any trailer).
+        """
+        at = whole = self._left
+        came, before, line = data, 0, b""
+        if at:
+            if take:
+                take(data[:at])
+        elif self._trailer:
             self._end(self._line + data)
-            return []
-        at, left, pieces, many, bulk = 0, self._left, [], len(data) > self.BULK, None
-        if not left:
-            data, self._line = self._line + data, CRLF
-        while True:
-            if left:
-                pieces.append(data[at:at + left])
-                at += len(pieces[-1])
-                left -= len(pieces[-1])
-                if left:
-                    break
-            if many:
-                many, begin, first = False, at, len(pieces)
-                at = self._take_bulk(data, at, pieces)
-                bulk = first, len(pieces), data[begin + 2:at + 2]
-            end = data.find(CRLF, at + 2)
-            if end < 0 or not data.startswith(CRLF, at):
-                self._keep_line(data[at:])
-                break
-            left = chunk_size(data[at + 2:end])
-            at = end + 2
-            if not left:
-                self._trailer = True
-                self._end(data[end:])
-                break
-        self._left = left
-        if bulk and bulk[0] < bulk[1]:
-            first, last, whole = bulk
-            self.framed = b"".join([*map(as_chunk, pieces[:first]), whole, *map(as_chunk, filter(None, pieces[last:]))])
-        return pieces
+            return 0, b""
+        else:
+            before, data = len(self._line), self._line + data
+            size = KNOWN_LINES.get(data[:self._width])
+            if size and len(data) == self._width + size + 2 and data[-2:] == CRLF and not take:
+                self._line = CRLF  # nearly always: what has come is one whole chunk
+                return size, came
+        while at <= len(data):
+            last, line = line, data[at:at + self._width]
+            size = KNOWN_LINES.get(line)
+            if not size:  # a line of another width, a new one, the last one, or none yet
+                line, size = self._next_line(data, at)
+                if not size:
+                    return whole, data[before:at + len(line)] if self._trailer else came
+            elif line == last and not take:  # a model's chunks are often as long as each other
+                end = chunks_like(line, size).match(data, at).end()
+                whole += (end - at) // (len(line) + size) * size
+                at, line = end, b""
+                continue
+            at += len(line)
+            if take and at < len(data):
+                take(data[at:at + size])
+            at += size
+            whole += size
+        self._left = at - len(data)
+        return whole - self._left, came
 
-    def _take_bulk(self, data, at, pieces):
-        """Take many whole chunks at once where none holds a CRLF, as lines of JSON do not; return where they end."""
-        parts = data[at:].split(CRLF)  # "", size, chunk, size, chunk, ..., and a pair that may be cut
-        sizes, chunks = parts[1:-2:2], parts[2:-2:2]
-        sizes, lengths = sizes[:len(chunks)], [*map(len, chunks)]
-        try:
-            if parts[0] or 0 in lengths or lengths != [*map(chunk_size, sizes)]:
-                return at
-        except Malformed:  # or a chunk that holds a CRLF
-            return at
-        pieces += chunks
-        return at + sum(lengths) + sum(map(len, sizes)) + 4 * len(chunks)
+    def _next_line(self, data, at):
+        """Read a size line: (the line with its CRLFs, the size); the size is 0 where the body ends, or data."""
+        end = data.find(CRLF, at + 2)
+        if end < 0 or not data.startswith(CRLF, at):
+            self._keep_line(data[at:])
+            return b"", 0
+        line, size = data[at:end + 2], chunk_size(data[at + 2:end])
+        self._width = len(line)
+        if not size:
+            self._trailer, self._left = True, 0
+            self._end(data[end:])
+        elif len(line) < 9 and len(KNOWN_LINES) < 4096:
+            KNOWN_LINES[line] = size
+        return line, size
 
     def _keep_line(self, line):
         """Remember the part of a size line that has come, unless it cannot become one any more."""
         bad_start = line[:2] != CRLF[:len(line)] or line[2:3].strip(b"0123456789abcdefABCDEF")
         if bad_start or b"\n" in line[2:] or len(line) > CHUNK_LINE_LIMIT:
             raise Malformed("a chunk is not followed by a size line")
-        self._line = CRLF if line == CRLF else line
+        self._left, self._line = 0, line
 
     def _end(self, data):
         """Read trailers, which are dropped, up to the empty line. `data` starts with the last size line's CRLF."""
@@ -889,7 +893,8 @@ class Decoder:
             raise Malformed("the trailers are too long")
         self._line = data
         if end >= 0:
-            Head(data[2:end].split(CRLF) if end else ())
+            if end:
+                Head(data[2:end].split(CRLF))
             self.done, self.rest = True, data[end + 4:]
 
 
@@ -1145,6 +1150,7 @@ class Record:
 
     KEYS = ("time id caller client method path model upstream status first_byte_ms total_ms bytes_in bytes_out "
             "tokens_in tokens_out outcome").split()
+    VALUES = attrgetter(*KEYS)
     __slots__ = KEYS + ["started"]
 
     def __init__(self, client):
@@ -1184,15 +1190,24 @@ def printable(text, limit=200):
     return "".join(c if c.isprintable() else "\\x%02x" % ord(c) for c in str(text)[:limit])
 
 
-def json_line(entry):
-    """One line for a machine, of a record's or an event's values; what json.dumps() gives, in a third of its time."""
-    words = [f'"{key}": {"null" if value is None else quoted(value) if type(value) is str else value}'
-             for key, value in entry.items()]
-    return "{" + ", ".join(words) + "}"
+def json_line(keys, values):
+    """One line for a machine: what json.dumps() gives, in a third of its time.
+
+    >>> json_line(("a", "b", "c"), ('"', None, 1.5))
+    '{"a": "\\\\"", "b": null, "c": 1.5}'
+    """
+    values = [quoted(value) if type(value) is str else "null" if value is None else value for value in values]
+    return json_form(tuple(keys)) % tuple(values)
 
 
-def text_line(entry):
-    """One line for a person at a terminal, of a record's or an event's values."""
+@lru_cache(maxsize=8)
+def json_form(keys):
+    return "{" + ", ".join(f'"{key}": %s' for key in keys) + "}"
+
+
+def text_line(keys, values):
+    """One line for a person at a terminal."""
+    entry = dict(zip(keys, values))
     clock = entry["time"][11:19]
     if "event" in entry:
         return f"{clock} {entry['level']} {entry['event']}: {printable(entry['words'], 2000)}"
@@ -1224,9 +1239,8 @@ class Log:
     def request(self, record, outcome):
         """Log a finished request."""
         record.outcome, record.total_ms = outcome, record.elapsed_ms()
-        entry = {key: getattr(record, key) for key in Record.KEYS}
-        entry["time"] = timestamp(record.time)
-        self._put(self._line(entry) + "\n")
+        record.time = timestamp(record.time)
+        self._put(self._line(Record.KEYS, Record.VALUES(record)) + "\n")
 
     def event(self, level, event, words):
         """Log anything else: level is info, warning or error, event a word or two to search for."""
@@ -1262,7 +1276,7 @@ class Log:
         return stream
 
     def _event(self, level, event, words):
-        return self._line({"time": timestamp(time.time()), "level": level, "event": event, "words": words}) + "\n"
+        return self._line(("time", "level", "event", "words"), (timestamp(time.time()), level, event, words)) + "\n"
 
     def _put(self, line):
         if self._lines.qsize() < self.LIMIT:
@@ -1303,7 +1317,8 @@ class Log:
 # seconds, None is never; when it passes, a TimeoutError comes out of the yield.
 
 PIECE = 64 * 1024
-READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+READ, WRITE = (select.EPOLLIN, select.EPOLLOUT) if hasattr(select, "epoll") else (
+    selectors.EVENT_READ, selectors.EVENT_WRITE)
 FOR_EVER = float("inf")
 # Linux tells a farewell apart from data; elsewhere one must look (Wire.has_left).
 LEAVING = getattr(select, "POLLRDHUP", select.POLLIN)
@@ -1324,16 +1339,19 @@ class Wire:
             keep_alive(sock)
 
     def watch(self, events, act=None):
-        """Have `act(wire, events)` called when the wire is ready for these events of the selector's; 0 is none."""
+        """Have `act(wire, events)` called when the wire is ready to READ, WRITE or either; 0 is neither."""
         self.act = act
         if events == self._events:
             return
+        poll = self.carrier.poll
         if not self._events:
-            self.carrier.selector.register(self._fd, events, self)
+            self.carrier.wires[self._fd] = self
+            poll.register(self._fd, events)
         elif events:
-            self.carrier.selector.modify(self._fd, events, self)
+            poll.modify(self._fd, events)
         else:
-            self.carrier.selector.unregister(self._fd)
+            poll.unregister(self._fd)
+            del self.carrier.wires[self._fd]
         self._events = events
 
     def receive(self):
@@ -1559,7 +1577,7 @@ class Upload:
             data, self._client.ahead = self._client.ahead, b""
             if not data and (yield from self._wait(upstream)):
                 return None
-            payload = b"".join(self.decoder.feed(data or self._receive()))
+            payload = self.decoder.feed(data or self._receive())
             self.received += len(payload)
             if self.done:
                 self._client.ahead = self.decoder.rest
@@ -1770,7 +1788,8 @@ class Upstream(urllib.request.BaseHandler):
             words = f"its certificate is not trusted ({error.verify_message}); SSL_CERT_FILE can name more authorities"
         except ssl.SSLError as error:
             words = f"TLS failed ({error.reason or error}); does it speak https?"
-        except (OSError, EOFError, ValueError, Malformed) as error:  # a ValueError: of a host name, or of HTTPS_PROXY
+        # A ValueError is of a host name, or of HTTPS_PROXY; a RuntimeError, of a thread that cannot be started.
+        except (OSError, EOFError, ValueError, RuntimeError, Malformed) as error:
             words = getattr(error, "strerror", None) or str(error)
         else:
             self._note(True)
@@ -1844,10 +1863,17 @@ class Upstream(urllib.request.BaseHandler):
 
 # ---- Carrier ----------------------------------------------------------------
 #
-# One thread with a selector does all that waits. A Task decides: what to ask,
+# One thread does all that waits. A Task decides: what to ask,
 # whom, and what to answer. From the moment the head of an answer has gone out
 # an Exchange carries the body. A Client between two requests waits by itself.
 # Whatever has a deadline is held; it has expire() and stop().
+
+
+class Poll(selectors.DefaultSelector):
+    """Looks like select.epoll where there is none. Where there is, it is used itself: it does with half the work."""
+
+    def poll(self, timeout, limit):
+        return [(key.fd, events) for key, events in self.select(timeout)]
 
 
 class Task:
@@ -1882,9 +1908,6 @@ class Task:
         if self.client and self.client not in wires:
             self.client.watch(self.client.heard, self._hear_client)
         self._carrier.hold(self)
-
-    def start(self):
-        self.step(self._steps.send)
 
     def wake(self, ticket):
         """Go on after a wait without wires, if it is still the one with this ticket."""
@@ -1921,12 +1944,15 @@ class Task:
 
 
 class Carrier:
-    """The thread, its selector, and what other threads want of it."""
+    """The thread, what it watches, and what other threads want of it."""
 
     TICK = 0.25  # seconds between looks at the deadlines
+    AT_ONCE = 256  # events that are taken in hand before more are asked for
 
     def __init__(self, log):
-        self.log, self.selector, self.current = log, selectors.DefaultSelector(), None
+        self.log, self.current = log, None
+        self.poll, self.wires = getattr(select, "epoll", Poll)(), {}  # by file descriptor
+        self.buffer = memoryview(bytearray(PIECE))
         self.now = self._next_look = time.monotonic()
         self._held, self._inbox, self._closed = set(), deque(), False
         ring, bell = socket.socketpair()
@@ -1935,7 +1961,7 @@ class Carrier:
 
     def start(self, steps, client=None):
         """Do what a generator says, until it ends."""
-        self._guard(Task(self, steps, client).start)
+        self._guard(Task(self, steps, client).step, steps.send)
 
     def hold(self, thing):
         """Look at the deadline of a task, an exchange or a client from now on."""
@@ -1972,10 +1998,9 @@ class Carrier:
     def run(self):
         """Carry, until close()."""
         while not self._closed:
-            ready = self.selector.select(0 if self._inbox else self.TICK if self._held else None)
+            ready = self.poll.poll(0 if self._inbox else self.TICK, self.AT_ONCE)
             self.now = time.monotonic()
-            for key, events in ready:
-                wire = key.data
+            for wire, events in [(self.wires[fd], events) for fd, events in ready]:
                 act = wire.act
                 try:
                     if act:  # else it was closed earlier in this round
@@ -2133,120 +2158,117 @@ class Exchange:
     body has ended, one way or the other. An answer of the proxy's own has no upstream: it is all `out`.
     """
 
-    TAIL = 2048  # bytes of the body that are kept to find its token counts in
-    PIECES = 8  # that these may be in
+    TAIL, PIECES = 2048, 4  # bytes and pieces of the body that are kept to find its token counts in
+    FRAMING = re.compile(rb"\r\n[0-9A-Fa-f]+\r\n")
 
-    __slots__ = ("client", "wire", "record", "out", "chunked", "keep", "outcome", "deadline",
-                 "_answer", "_decoder", "_pool", "_blocked", "_tail", "_silence", "_stall", "_mask", "_plain")
+    __slots__ = ("client", "wire", "record", "out", "bytes_out", "chunked", "keep", "outcome", "deadline", "_answer",
+                 "_decoder", "_pool", "_blocked", "_tail", "_silence", "_stall", "_mask", "_plain", "_carrier")
 
     def __init__(self, client, settings, keep):
         self.client, self.keep = client, keep  # whether the client's wire goes on after a whole answer
         self.wire = self.record = self.outcome = self._answer = self._decoder = self._mask = None
-        self.out, self.chunked, self.deadline, self._blocked = b"", False, FOR_EVER, None
+        self.out, self.bytes_out, self.chunked, self._blocked = b"", 0, False, None
+        self.deadline, self._carrier = FOR_EVER, client.carrier
         self._silence, self._stall = settings.read_timeout or FOR_EVER, 4 * settings.client_timeout
 
     def reply(self, data):
         """Send an answer of the proxy's own."""
         self.out, self.outcome = data, "ok"
-        self._flush(time.monotonic())
+        self._flush()
 
     def begin(self, head, answer, record, upstream, chunked):
         """Send the client the head of an upstream's answer, and its body as it comes."""
         self.out, self._answer, self.record, self.chunked = head, answer, record, chunked
-        self.wire, self._decoder, self._pool, self._tail = answer.wire, answer.decoder, upstream.pool, []
+        self.wire, self._decoder, self._pool, self._tail = answer.wire, answer.decoder, upstream.pool, deque((b"",), self.PIECES)
         if upstream.mask and answer.head.status >= 300:
             self._mask = Mask(upstream.mask.encode())
         self._plain = chunked and self._decoder.size == CHUNKED and not self._mask
         data, self.wire.ahead = self.wire.ahead, b""
         if self._decoder.done:
             self._decoder.rest = data
-            self._complete()
+            self._end()
         elif data:
             self._take(data)
-        self._flush(time.monotonic())
+        self._flush()
 
     def _from_upstream(self, wire, _):
+        buffer = self._carrier.buffer  # recv() would cut each small piece from a large one, and spoil the heap
         try:
-            data = wire.sock.recv(PIECE)
+            size = wire.sock.recv_into(buffer)
         except NOT_YET:
             return
         except OSError:  # a reset; or TLS without a goodbye, which may be a cut
             self.outcome = UpstreamLost.outcome
         else:
-            payload = self._plain and self._decoder.one_chunk(data)
-            if payload:  # nearly always: it can go as it is
-                self.out = data
-                self._note(payload, len(payload))
-            else:
-                self._take(data)
-        self._flush(self.client.carrier.now)
+            self._take(bytes(buffer[:size]))
+        self._flush()
 
     def _take(self, data):
         """Take bytes from the upstream; b"" is its end."""
         decoder = self._decoder
         try:
-            pieces = decoder.feed(data)
+            if self._plain:
+                size, out = decoder.follow(data)
+            else:
+                out = decoder.feed(data)
+                if self._mask:
+                    out = self._mask.hide(out, last=decoder.done or not data)
+                size = len(out)
         except Malformed:
             self.outcome = UpstreamLost.outcome
             return
-        if self._mask:
-            pieces = [self._mask.hide(b"".join(pieces), last=decoder.done or not data)]
-        size = sum(map(len, pieces))
-        if size:
-            payload = b"".join(pieces)
-            self._note(payload, size)
-            self.out += (self._plain and decoder.framed or as_chunk(payload)) if self.chunked else payload
-        if decoder.done or not data and decoder.size == UNTIL_CLOSE:
-            self._complete()
-        elif not data:
+        self.bytes_out += size
+        tail = out if size < self.TAIL else out[-self.TAIL:]
+        if size < 64 and len(self._tail[-1]) < self.TAIL:
+            tail = self._tail.pop() + tail
+        self._tail.append(tail)
+        if self.chunked and not self._plain:
+            out = as_chunk(out) if out else b""
+        self.out = self.out + out if self.out else out
+        if decoder.done or not data:
+            self._end()
+
+    def _end(self):
+        if not self._decoder.done and self._decoder.size != UNTIL_CLOSE:
             self.outcome = UpstreamLost.outcome
-
-    def _note(self, payload, size):
-        self.record.bytes_out += size
-        self._tail.append(payload if size <= self.TAIL else payload[-self.TAIL:])
-        if len(self._tail) > self.PIECES:
-            self._tail = [self.tail]
-
-    @property
-    def tail(self):
-        return b"".join(self._tail)[-self.TAIL:]
-
-    def _complete(self):
+            return
         if self.chunked:
-            self.out += b"0\r\n\r\n"
-        failed = self.record.status >= 400 or ends_in_error(self.tail)
-        self.outcome = "error" if failed else "ok"
+            self.out += CRLF if self._plain else b"0\r\n\r\n"
+        self.outcome = "ok"
 
-    def _flush(self, now):
+    def _flush(self):
         """Send what the client takes, and then listen to whichever side is to move."""
-        if self.outcome:
-            self._release()
+        out = self.out
         try:
-            sent = self.client.send(self.out) if self.out else 0
+            sent = self.client.sock.send(out) if out else 0
+        except NOT_YET:
+            sent = 0
         except OSError:
             return self.leave()
-        self.out = self.out[sent:] if sent < len(self.out) else b""
-        blocked = bool(self.out)
-        if self.outcome and not blocked:
-            return self._finish(self.outcome)
-        self.deadline = now + (self._stall if blocked else self._silence)
+        blocked = sent < len(out)
+        self.out = out[sent:] if blocked else b""
+        if self.outcome:
+            if not blocked:
+                return self._finish(self.outcome)
+            self._release()
+        self.deadline = self._carrier.now + (self._stall if blocked else self._silence)
         if blocked != self._blocked:
             self._listen(blocked)
 
     def _listen(self, blocked):
         self._blocked = blocked
-        self.client.carrier.hold(self)
+        self._carrier.hold(self)
         self.client.watch(self.client.heard | (WRITE if blocked else 0), self._from_client)
         if self.wire:
             self.wire.watch(0 if blocked else READ, self._from_upstream)
 
     def _from_client(self, client, events):
-        if events & READ:
+        if events != WRITE:
             if client.hear():
                 return self.leave()
             self._listen(self._blocked)
-        if events & WRITE:
-            self._flush(client.carrier.now)
+        if events != READ:
+            self._flush()
 
     def leave(self):
         self._finish(ClientLeft.outcome)
@@ -2267,19 +2289,27 @@ class Exchange:
 
     def _finish(self, outcome):
         """Account for the exchange, and let the client go on, or go."""
-        client, record = self.client, self.record
-        client.carrier.let_go(self)
+        client = self.client
+        self._carrier.let_go(self)
         self._release()
-        if record:
-            if record.status < 400 and not self._answer.head.get("content-encoding"):
-                record.tokens_in, record.tokens_out = token_counts(self.tail)
-            client.carrier.log.request(record, outcome)
-        if self.out or outcome not in ("ok", "error"):  # a plain close would end some bodies as if they were whole
-            client.close(abruptly=bool(record) and not self.chunked and self._decoder.size < 0)
+        if self.record:
+            self._account(outcome)
+        if self.out or outcome != "ok":  # a plain close would end some bodies as if they were whole
+            client.close(abruptly=bool(self.record) and not self.chunked and self._decoder.size < 0)
         elif self.keep:
             client.park(self._stall)
         else:
             client.linger()
+
+    def _account(self, outcome):
+        record, tail = self.record, b"".join(self._tail)
+        tail = self.FRAMING.sub(b"", tail) if self._plain else tail
+        if outcome == "ok" and (record.status >= 400 or ends_in_error(tail)):
+            outcome = "error"
+        if record.status < 400 and not self._answer.head.get("content-encoding"):
+            record.tokens_in, record.tokens_out = token_counts(tail)
+        record.bytes_out = self.bytes_out
+        self._carrier.log.request(record, outcome)
 
 
 # ---- Handler ----------------------------------------------------------------
@@ -2290,24 +2320,27 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 LONG = 64 * 1024  # bytes of a body from which on a thread of its own looks through it
 
 
-class Handler(BaseRequestHandler):
-    """What is done for one request, from its first byte until an exchange takes over."""
+class Handler:
+    """What is done for one request, from its first byte until an exchange takes over.
 
-    def handle(self):
-        self.server.carrier.start(self.answer(), self.request)
+    Made as socketserver makes its handlers, but what would block there is a task of the carrier's here.
+    """
+
+    def __init__(self, client, address, server):
+        self.client, self.server, self.record = client, server, Record(address)
+        self.settings, self.doorman, self.upstream = server.rules
+        self.head, self.target, self.upload, self.cors = None, None, None, self.doorman.cors_unseen
+        server.carrier.start(self.answer(), client)
 
     def answer(self):
         """Answer one request. The one place where an exception meets the client."""
-        self.client, self.head, self.target, self.upload = self.request, None, None, None
-        self.settings, self.doorman, self.upstream = self.server.rules
-        self.cors, self.record = self.doorman.cors_unseen, Record(self.client.address)
         try:
             yield from self.read_head()
-            page = yield from self.own_page()
-            if page:
-                self.reply(*page)
-            else:
+            page = self.own_page()
+            if page is None:
                 yield from self.relay()
+            else:
+                self.reply(*(page if isinstance(page, tuple) else (yield from page)))
         except Failure as failure:
             self.refuse(failure)
         except Exception as bug:
@@ -2328,7 +2361,7 @@ class Handler(BaseRequestHandler):
         head = self.head = parse_request(block) if len(block) > SHORT else short_request(block)
         record.method = head.method
         given = head.get("x-request-id")
-        if REQUEST_ID.fullmatch(given):
+        if given and REQUEST_ID.fullmatch(given):
             record.id = given
         self.cors = self.doorman.cors(head)
         if head.method in ("CONNECT", "TRACE"):
@@ -2346,7 +2379,10 @@ class Handler(BaseRequestHandler):
             record.client = client_address(client.address, head.joined("x-forwarded-for"), settings.trusted)
 
     def own_page(self):
-        """Let the doorman look, and answer what the proxy answers itself: (status, body, header lines), else None."""
+        """Let the doorman look, and answer what the proxy answers itself: (status, body, header lines), else None.
+
+        A page that must wait for something is a generator of these.
+        """
         head, target = self.head, self.target
         self.doorman.check_place(head)
         if head.method == "OPTIONS":
@@ -2358,8 +2394,7 @@ class Handler(BaseRequestHandler):
                 raise Refused(f"there is no page {printable(target.shown)} here", 404)
             if not reads:
                 raise Refused("this page is only to be read", 405, [("Allow", "GET, HEAD")])
-            answer = page(self)
-            return answer if isinstance(answer, tuple) else (yield from answer)
+            return page(self)
         is_open = target.path == "/api/version" and reads or (
             self.settings.public_models and f"{head.method} {target.path}" in LISTS)
         try:
@@ -2389,10 +2424,10 @@ class Handler(BaseRequestHandler):
         held, body = head.method == "POST" and path in INFERENCE, b""
         if held:
             body = yield from upload.whole(self.settings.max_body)
-            self.record.model = ((yield from self.examine(body, named_model)) or "")[:200] or None
+            model = named_model(body) if len(body) < LONG else (yield from self.in_thread(named_model, body))
+            self.record.model = (model or "")[:200] or None
             if path == "/embeddings":
-                is_openai = b"input" in (yield from self.examine(body, members))
-                path = "/v1/embeddings" if is_openai else "/api/embeddings"
+                path = "/v1/embeddings" if b"input" in (yield from self.in_thread(members, body)) else "/api/embeddings"
         asked = (head.method, path + self.target.query, self.lines_up(held, len(body)), body,
                  None if upload.done else upload)
         if path == "/api/version":
@@ -2400,11 +2435,9 @@ class Handler(BaseRequestHandler):
         else:
             self.give((yield from self.upstream.ask(*asked)))
 
-    def examine(self, body, look):
-        """Look at a body; at a long one in a thread, since all others would have to wait."""
-        if len(body) < LONG:
-            return look(body)
-        return (yield from in_thread(self.server.carrier, None, look, body))
+    def in_thread(self, work, body):
+        """Look through a body where nobody else has to wait for it."""
+        return (yield from in_thread(self.server.carrier, None, work, body))
 
     def lines_up(self, held, length):
         """The header lines of the request, but for the upstream's own Host and key."""
@@ -2744,6 +2777,7 @@ def start(settings, log):
     """Listen, and serve in a thread of its own; returns the Server, or exits when the port cannot be had."""
     raise_file_limit(settings.max_connections)
     gc.freeze()  # what is loaded stays: the collector need not go through it again and again
+    gc.set_threshold(50_000, 20, 50)  # nor look at what a thousand lines leave behind for a moment
     try:
         server = Server(settings, log)
     except OSError as error:

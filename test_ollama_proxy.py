@@ -336,7 +336,7 @@ CHUNKS = b"5\r\nhello\r\n1;ext=\"a\"\r\n!\r\n2\r\n\r\n\r\n0\r\nTrailer: x\r\n\r\
 def test_a_chunked_body_does_not_depend_on_how_it_arrives(step):
     decoder, payload, at = proxy.Decoder(proxy.CHUNKED), b"", 0
     while not decoder.done:
-        payload += b"".join(decoder.feed(CHUNKS[at:at + step]))
+        payload += decoder.feed(CHUNKS[at:at + step])
         at += step
     assert payload == b"hello!\r\n"
     assert decoder.rest + CHUNKS[at:] == b"next"
@@ -346,13 +346,13 @@ def test_a_chunked_body_does_not_depend_on_how_it_arrives(step):
 def test_many_chunks_at_once_are_the_same_as_one_by_one(filler):
     pieces = [filler * (n % 150) + b"%d" % n for n in range(1000)]
     wire = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\nrest"
-    decoder, payload, again = proxy.Decoder(proxy.CHUNKED), b"", b""
+    decoder, follower, payload, sizes, again = proxy.Decoder(proxy.CHUNKED), proxy.Decoder(proxy.CHUNKED), b"", 0, b""
     for at in range(0, len(wire), 20000):
-        taken = b"".join(decoder.feed(wire[at:at + 20000]))
-        payload += taken
-        again += decoder.framed or b"%x\r\n%b\r\n" % (len(taken), taken)
+        payload += decoder.feed(wire[at:at + 20000])
+        size, before = follower.follow(wire[at:at + 20000])
+        sizes, again = sizes + size, again + before
     assert (payload, decoder.done, decoder.rest) == (b"".join(pieces), True, b"rest")
-    assert b"".join(proxy.Decoder(proxy.CHUNKED).feed(again + b"0\r\n\r\n")) == payload
+    assert (sizes, again + b"\r\nrest", follower.rest) == (len(payload), wire, b"rest")
 
 
 @pytest.mark.parametrize("wire", [b"0x5\r\nhello\r\n", b"+5\r\nhello\r\n", b"-5\r\n", b" 5\r\n", b"5 \r\nhello\r\n", b"0_5\r\nhello\r\n", b"\r\n",
@@ -370,7 +370,7 @@ def test_chunks_cost_as_much_as_they_are_long_whatever_they_hold():
     def cost(count):
         decoder, wire = proxy.Decoder(proxy.CHUNKED), b"2\r\n\r\n\r\n" * count
         began = time.process_time()
-        assert decoder.feed(wire) == [b"\r\n"] * count
+        assert decoder.feed(wire) == b"\r\n" * count
         return time.process_time() - began
     assert cost(40000) < 40 * cost(4000) + 0.2  # a cost that grows with the square is a hundred times as high
 
@@ -451,9 +451,9 @@ def read_message(sock):
     length = re.search(rb"(?im)^content-length: *(\d+)", head)
     if re.search(rb"(?im)^transfer-encoding: *chunked", head):
         decoder = proxy.Decoder(proxy.CHUNKED)
-        payload = b"".join(decoder.feed(body))
+        payload = decoder.feed(body)
         while not decoder.done:
-            payload += b"".join(decoder.feed(sock.recv(65536) or b"\x00"))
+            payload += decoder.feed(sock.recv(65536) or b"\x00")
         return head, payload
     while length and len(body) < int(length[1]):
         piece = sock.recv(65536)
@@ -665,7 +665,7 @@ def test_control_characters_cannot_forge_a_line(server):
     server.get("POST", "/api/chat", b'{"model": "a\\n{\\"outcome\\": \\"ok\\"}\\u001b[2J\\u2028"}')
     line, = server.lines()
     assert line["model"] == 'a\n{"outcome": "ok"}\x1b[2J\u2028'
-    text = proxy.text_line({**line, "time": "2026-01-01T00:00:00.000Z"})
+    text = proxy.text_line(line.keys(), line.values())
     assert "\n" not in text and "\x1b" not in text and "\u2028" not in text
 
 
@@ -1147,7 +1147,7 @@ def test_the_head_of_an_answer_does_not_wait_for_its_body(server, upstream):
 
 
 @pytest.mark.parametrize("version, answer, ends, reset", [
-    ("1.1", STREAM + b"4\r\nhalf\r\n", b"half\r\n", False), ("1.1", STREAM + b"9\r\nhalf", b"half\r\n", False),
+    ("1.1", STREAM + b"4\r\nhalf\r\n", b"half\r\n", False), ("1.1", STREAM + b"9\r\nhalf", b"half", False),
     ("1.1", STREAM + b"4\r\nhalf\r\nXX\r\n", b"\r\n\r\n", False),
     ("1.1", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf", b"half", False), ("1.0", STREAM + b"4\r\nhalf\r\n", b"half", True)])
 def test_an_upstreams_death_in_its_answer_is_a_cut(server, upstream, version, answer, ends, reset):
@@ -1661,6 +1661,7 @@ def test_every_answer_has_the_clients_request_id_if_it_is_sane(server, upstream)
 def test_ready_knows_whether_the_upstream_can_be_reached_without_asking_it_anything(serve, upstream):
     server = serve()
     assert [server.get("GET", path)[0] for path in ("/-/ready", "/readyz", "/-/health", "/healthz")] == [200] * 4
+    until(lambda: upstream.connections)
     assert upstream.calls == [] and upstream.connections == 1
     upstream.listener.shutdown(socket.SHUT_RDWR)
     for sock in upstream.sockets:
@@ -1702,7 +1703,7 @@ def test_nothing_leaks_after_hundreds_of_aborted_requests(server, upstream, coun
     until(lambda: not server.server.clients)
     until(lambda: len(os.listdir("/proc/self/task")) <= threads + 5)
     carrier = server.server.carrier
-    until(lambda: len(carrier._held) == 1 and len(carrier.selector.get_map()) == 2 + len(server.server.upstream.pool))
+    until(lambda: len(carrier._held) == 1 and len(carrier.wires) == 2 + len(server.server.upstream.pool))
 
 
 @pytest.mark.parametrize("size", [300_000_000, pytest.param(2_000_000_000, id="soak")])
