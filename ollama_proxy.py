@@ -17,9 +17,12 @@ The life of a request:
                who asks      Callers        token, Host and Origin            401 403
                what for      Target         path repaired, dialect            400 404
                ask           Upstream       urllib opener over kept wires     502 504
-               carry         Carrier        bytes out as they come in
+               carry         Exchange       bytes out as they come in
                account       Record         one line in the log
            <- the answer, byte for byte, or an error in the dialect of the path
+
+One thread, the carrier, does all of this for all clients; what would hold it up (looking
+up a name, looking through a long body, writing the log) has a thread of its own.
 
 Contents, in reading order; a section uses only the sections above it:
 
@@ -31,9 +34,9 @@ Contents, in reading order; a section uses only the sections above it:
     Records           what one request cost, and the log
     Wires             sockets: reading ahead, waiting, dialling
     Upstreams         pool, urllib handler, health
-    Carrier           the one thread that carries the bodies of answers
+    Carrier           the one thread: tasks, clients, and answers on their way
     Handler           one request, from its first line to its last byte
-    Server            the ThreadingHTTPServer: workers, limits, drain, reload
+    Server            the ThreadingHTTPServer: limits, drain, reload
     Command line      serve, demo, check
 """
 
@@ -1345,8 +1348,8 @@ class Wire:
             return
         poll = self.carrier.poll
         if not self._events:
-            self.carrier.wires[self._fd] = self
             poll.register(self._fd, events)
+            self.carrier.wires[self._fd] = self
         elif events:
             poll.modify(self._fd, events)
         else:
@@ -1863,10 +1866,10 @@ class Upstream(urllib.request.BaseHandler):
 
 # ---- Carrier ----------------------------------------------------------------
 #
-# One thread does all that waits. A Task decides: what to ask,
-# whom, and what to answer. From the moment the head of an answer has gone out
-# an Exchange carries the body. A Client between two requests waits by itself.
-# Whatever has a deadline is held; it has expire() and stop().
+# One thread does all that waits. A Task decides: what to ask, and what to answer.
+# From the moment the head of an answer is known, an Exchange carries it. Between
+# two requests a Client waits by itself. All three have a deadline, and expire()
+# and stop() for when it has passed, or the proxy ends.
 
 
 class Poll(selectors.DefaultSelector):
@@ -2317,7 +2320,7 @@ class Exchange:
 OWN_VERSION = "0.33.0"  # of the Ollama API; what an upstream without /api/version is said to have
 JSON_TYPE, TE_CHUNKED = "Content-Type: application/json\r\n", "Transfer-Encoding: chunked\r\n"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-LONG = 64 * 1024  # bytes of a body from which on a thread of its own looks through it
+LONG = 16 * 1024  # bytes of a body from which on a thread of its own looks through it
 
 
 class Handler:
@@ -2345,6 +2348,8 @@ class Handler:
             self.refuse(failure)
         except Exception as bug:
             self.server.log.event("error", "bug", describe(bug))
+            if self.record.status is not None:  # something has gone out already
+                return self.client.close(abruptly=True)
             self.refuse(Failure("the proxy has a bug; its log says where"))
 
     # What the request is:
@@ -2424,10 +2429,11 @@ class Handler:
         held, body = head.method == "POST" and path in INFERENCE, b""
         if held:
             body = yield from upload.whole(self.settings.max_body)
-            model = named_model(body) if len(body) < LONG else (yield from self.in_thread(named_model, body))
+            model = yield from self.look_through(body, named_model)
             self.record.model = (model or "")[:200] or None
             if path == "/embeddings":
-                path = "/v1/embeddings" if b"input" in (yield from self.in_thread(members, body)) else "/api/embeddings"
+                is_openai = b"input" in (yield from self.look_through(body, members))
+                path = "/v1/embeddings" if is_openai else "/api/embeddings"
         asked = (head.method, path + self.target.query, self.lines_up(held, len(body)), body,
                  None if upload.done else upload)
         if path == "/api/version":
@@ -2435,9 +2441,9 @@ class Handler:
         else:
             self.give((yield from self.upstream.ask(*asked)))
 
-    def in_thread(self, work, body):
-        """Look through a body where nobody else has to wait for it."""
-        return (yield from in_thread(self.server.carrier, None, work, body))
+    def look_through(self, body, look):
+        """Look at a body; at a long one where nobody else has to wait for it."""
+        return look(body) if len(body) < LONG else (yield from in_thread(self.server.carrier, None, look, body))
 
     def lines_up(self, held, length):
         """The header lines of the request, but for the upstream's own Host and key."""
@@ -2533,9 +2539,10 @@ OWN_PAGES = {"/": Handler.page_root, "/-/health": Handler.page_health, "/-/ready
 
 
 class Server(ThreadingHTTPServer):
-    """Listens, makes each client's requests a task of the carrier's instead of a thread, and knows who is there.
+    """Listens, has each client's requests answered, and knows who is there.
 
-    A thread a client costs two handovers of the interpreter's lock for each system call: five times as much.
+    By tasks of the carrier's, not by a thread each: threads hand the interpreter's lock over at every system call,
+    which costs several times what the call and the decision do.
     """
 
     request_queue_size = 1024
@@ -2576,17 +2583,19 @@ class Server(ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval=None):
         """Be the carrier's thread until shutdown(); `poll_interval` is for the base class's callers."""
-        self.expire()
+        self.keep_house()
         self.carrier.run()
         self._stopped.set()
 
-    def expire(self):
-        """Keep house; the carrier calls it now and then, as it does with all that it holds."""
+    def keep_house(self):
+        """What is due now and then; the carrier holds the server as it does all that has a deadline."""
         self.upstream.pool.prune()
         if not self.draining:
             self._door.watch(READ, self._knock)
             self.deadline = time.monotonic() + self.PAUSE
             self.carrier.hold(self)
+
+    expire = keep_house
 
     def stop(self):
         """The carrier stops; the door is closed already."""
@@ -2598,12 +2607,12 @@ class Server(ThreadingHTTPServer):
                 self.process_request(*self.get_request())
             except BlockingIOError:
                 return False
-            except OSError as error:  # of this client, who has left; or of the system
-                if error.errno in (errno.EMFILE, errno.ENFILE):
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):  # keep_house() tries again
                     self.complain("limit", f"no descriptors are left for clients ({error.strerror}): raise LimitNOFILE")
                     self._door.watch(0)
                     return False
-        return True
+        return True  # an error of another kind is of a client who has left already
 
     def process_request(self, request, client_address):
         """Let a new client in, or say that there are too many."""
