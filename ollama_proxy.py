@@ -1200,12 +1200,7 @@ def json_line(keys, values):
     '{"a": "\\\\"", "b": null, "c": 1.5}'
     """
     values = [quoted(value) if type(value) is str else "null" if value is None else value for value in values]
-    return json_form(tuple(keys)) % tuple(values)
-
-
-@lru_cache(maxsize=8)
-def json_form(keys):
-    return "{" + ", ".join(f'"{key}": %s' for key in keys) + "}"
+    return "{%s}" % ", ".join([f'"{key}": {value}' for key, value in zip(keys, values)])
 
 
 def text_line(keys, values):
@@ -1233,10 +1228,8 @@ class Log:
     GATHER = 0.02  # seconds that lines wait for company: one write for many
 
     def __init__(self, path="", form="auto"):
-        self._path, self._form = path, form
-        self._lines, self._lost = queue.SimpleQueue(), 0
-        self._busy, self._line, self._stream = False, json_line, None
-        self._stream = self._open()
+        self._lines, self._lost, self._busy = queue.SimpleQueue(), 0, False
+        self.reopen(path, form)
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
     def request(self, record, outcome):
@@ -1251,32 +1244,21 @@ class Log:
 
     def reopen(self, path, form):
         """Follow a log file that was moved away; raises OSError, and then goes on as before."""
-        old, self._path, self._form = (self._stream, self._path, self._form), path, form
-        try:
-            self._stream = self._open()
-        except OSError:
-            self._stream, self._path, self._form = old
-            raise
+        if path:
+            stream = open(path, "ab", buffering=0)
+        else:
+            try:  # not sys.stderr, whose buffer and lock would hold up the exit if nobody reads
+                stream = open(2, "wb", buffering=0, closefd=False)
+            except OSError:  # it was closed before the start
+                stream = open(os.devnull, "wb", buffering=0)
+        is_text = form == "text" or form == "auto" and stream.isatty()
+        self._stream, self._line = stream, text_line if is_text else json_line
 
     def close(self, patience=1.0):
         """Wait until what was logged is written, but not for ever."""
         deadline = time.monotonic() + patience
         while (self._busy or not self._lines.empty()) and time.monotonic() < deadline:
             time.sleep(0.005)
-
-    def _open(self):
-        try:
-            if self._path:
-                stream = open(self._path, "ab", buffering=0)
-            else:  # not sys.stderr, whose buffer and lock would hold up the exit if nobody reads
-                stream = open(2, "wb", buffering=0, closefd=False)
-        except OSError:
-            if self._path:
-                raise
-            stream = open(os.devnull, "wb", buffering=0)  # it was closed before the start
-        is_text = self._form == "text" or self._form == "auto" and stream.isatty()
-        self._line = text_line if is_text else json_line
-        return stream
 
     def _event(self, level, event, words):
         return self._line(("time", "level", "event", "words"), (timestamp(time.time()), level, event, words)) + "\n"
@@ -1668,26 +1650,28 @@ class Pool:
     def take(self):
         """A wire that is still open and silent, or None."""
         while self._wires:
-            wire = self._wires.pop()
-            try:
-                if not wire.look():
-                    return wire
-            except OSError:  # a reset is an end as good as any
-                pass
-            wire.close()
+            wire = self._wires[-1]
+            self._hear(wire)
+            if self._wires and self._wires[-1] is wire:
+                return self._wires.pop()
         return None
 
     def put(self, wire):
         wire.used = time.monotonic()
-        wire.watch(READ, self._drop)
+        wire.watch(READ, self._hear)
         self._wires.append(wire)
         if self._closed:
             self.prune(0)
 
-    def _drop(self, wire, _):
-        """An idle upstream has closed, or says what nobody asked for."""
-        self._wires.remove(wire)
-        wire.close()
+    def _hear(self, wire, _=READ):
+        """Let go of a wire that has closed, or says what nobody asked for, unless that is but TLS's housekeeping."""
+        try:
+            silent = not wire.look()
+        except OSError:  # a reset is an end as good as any
+            silent = False
+        if not silent:
+            self._wires.remove(wire)
+            wire.close()
 
     def prune(self, idle=IDLE):
         """Close the wires that nobody has used for so many seconds."""

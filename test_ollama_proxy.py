@@ -748,6 +748,14 @@ def test_tls_is_verified_against_ssl_cert_file_and_one_handshake_serves_many(ser
     assert tls_upstream.connections == 1
 
 
+def test_what_tls_says_to_itself_costs_no_kept_connection(serve, tls_upstream, trusting):
+    server = serve(upstream=tls_upstream, PROXY_UPSTREAMS=f"cloud=https://localhost:{tls_upstream.port}")
+    assert server.get("GET", "/-/ready")[0] == 200  # a connection without a request: TLS 1.3 sends its tickets now
+    pool = server.server.upstream.pool
+    until(lambda: len(pool) == 1 and pool._wires[0].sock.session and pool._wires[0].sock.session.has_ticket)
+    assert server.get("GET", "/api/tags")[0] == 200 and tls_upstream.connections == 1
+
+
 def test_a_certificate_that_nobody_vouches_for_is_a_502_that_says_so(serve, tls_upstream):
     proxy.tls_context.cache_clear()
     server = serve(PROXY_UPSTREAMS=f"cloud=https://localhost:{tls_upstream.port}")
@@ -920,6 +928,16 @@ def test_100_is_said_only_when_the_body_is_wanted(serve, upstream):
         if said == b"HTTP/1.1 100 ":
             sock.sendall(b"x" * length)
             assert server.read(sock)[0] == 200
+
+
+def test_a_long_body_is_looked_through_while_others_are_served(server, upstream, monkeypatch):
+    looked, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(proxy, "named_model", lambda body: (looked.set(), go_on.wait(WAIT), "long")[-1])
+    sock = server.ask("POST", "/api/chat", b"[" * 1_000_000)
+    assert looked.wait(WAIT)
+    assert server.get("GET", "/api/tags")[0] == 200
+    go_on.set()
+    assert server.read(sock)[0] == 200 and server.lines(model="long")
 
 
 def test_any_other_expectation_is_417(server):
