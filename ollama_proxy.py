@@ -1168,9 +1168,14 @@ class Record:
     def answered(self, status):
         """Note the first byte that goes to the client."""
         self.status = status
-        self.first_byte_ms = self.elapsed_ms()
+        self.first_byte_ms = self._elapsed_ms()
 
-    def elapsed_ms(self):
+    def ended(self, outcome):
+        """Note the last byte, or what came instead."""
+        self.outcome, self.total_ms = outcome, self._elapsed_ms()
+        return self
+
+    def _elapsed_ms(self):
         return round((time.monotonic() - self.started) * 1000, 3)
 
 
@@ -1232,9 +1237,8 @@ class Log:
         self.reopen(path, form)
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
-    def request(self, record, outcome):
-        """Log a finished request."""
-        record.outcome, record.total_ms = outcome, record.elapsed_ms()
+    def request(self, record):
+        """Log a request that has ended."""
         record.time = timestamp(record.time)
         self._put(self._line(Record.KEYS, Record.VALUES(record)) + "\n")
 
@@ -1934,6 +1938,7 @@ class Carrier:
     """The thread, what it watches, and what other threads want of it."""
 
     TICK = 0.25  # seconds between looks at the deadlines
+    LATER = 0.002  # seconds that a chore waits at the most
     AT_ONCE = 256  # events that are taken in hand before more are asked for
 
     def __init__(self, log):
@@ -1941,7 +1946,7 @@ class Carrier:
         self.poll, self.wires = getattr(select, "epoll", Poll)(), {}  # by file descriptor
         self.buffer = memoryview(bytearray(PIECE))
         self.now = self._next_look = time.monotonic()
-        self._held, self._inbox, self._closed = set(), deque(), False
+        self._held, self._inbox, self._chores, self._closed = set(), deque(), deque(), False
         ring, bell = socket.socketpair()
         self._ring, self._bell = Wire(ring, self), Wire(bell, self)
         self._bell.watch(READ, lambda bell, _: bell.receive())
@@ -1960,6 +1965,10 @@ class Carrier:
     def soon(self, act, *arguments):
         """Do something when what is going on now is over."""
         self._inbox.append((act, arguments))
+
+    def later(self, chore):
+        """Do what nobody waits for in the next round, when others have been asked and are being waited for."""
+        self._chores.append(chore)
 
     def call(self, act, *arguments):
         """Have the carrier's thread do something; any thread may call this."""
@@ -1984,8 +1993,9 @@ class Carrier:
 
     def run(self):
         """Carry, until close()."""
-        while not self._closed:
-            ready = self.poll.poll(0 if self._inbox else self.TICK, self.AT_ONCE)
+        while not self._closed or self._chores:
+            chores = len(self._chores)
+            ready = self.poll.poll(0 if self._inbox else self.LATER if chores else self.TICK, self.AT_ONCE)
             self.now = time.monotonic()
             for wire, events in [(self.wires[fd], events) for fd, events in ready]:
                 act = wire.act
@@ -1997,6 +2007,8 @@ class Carrier:
             for _ in range(len(self._inbox)):
                 act, arguments = self._inbox.popleft()
                 self._guard(act, *arguments)
+            for _ in range(chores):
+                self._guard(self._chores.popleft())
             if self.now >= self._next_look:
                 self._look()
 
@@ -2035,10 +2047,10 @@ def describe(bug):
 
 
 class Client(Wire):
-    """A client's wire. Between two requests it waits by itself, until `meet(client)` is due."""
+    """A client's wire. Between two requests it waits by itself, and then has the server make a Handler."""
 
     AHEAD = 64 * 1024  # bytes that a client may send ahead of the answer it waits for
-    LINGER, LINGERERS = 1.0, 256  # seconds, and clients, that are heard out after a last answer
+    LINGER, LINGERERS = 1.0, 256  # seconds, and clients, that are heard out after a last answer, or before the end
 
     __slots__ = ("address", "deadline", "_server")
     client = None
@@ -2072,8 +2084,11 @@ class Client(Wire):
         """Wait for a request, for so many seconds."""
         self.deadline = time.monotonic() + patience
         self.carrier.hold(self)
-        self._server.parked.add(self)
         self.watch(READ, self.wake)
+
+    @property
+    def idle(self):
+        return self.act == self.wake and not self.ahead
 
     def wake(self, *_):
         """It says something, or leaves."""
@@ -2087,8 +2102,8 @@ class Client(Wire):
             self._meet()
 
     def _meet(self):
-        if self in self._server.parked:  # else it was closed meanwhile
-            self._let_go()
+        if self.act == self.wake:  # else it was closed meanwhile
+            self.carrier.let_go(self)
             self._server.finish_request(self, self.address)
 
     def linger(self):
@@ -2112,12 +2127,8 @@ class Client(Wire):
         if ended:
             self.close()
 
-    def _let_go(self):
-        self.carrier.let_go(self)
-        self._server.parked.discard(self)
-
     def close(self, abruptly=False):
-        self._let_go()
+        self.carrier.let_go(self)
         self._server.lingering.discard(self)
         self._server.clients.discard(self)
         super().close(abruptly)
@@ -2166,7 +2177,8 @@ class Exchange:
     def begin(self, head, answer, record, upstream, chunked):
         """Send the client the head of an upstream's answer, and its body as it comes."""
         self.out, self._answer, self.record, self.chunked = head, answer, record, chunked
-        self.wire, self._decoder, self._pool, self._tail = answer.wire, answer.decoder, upstream.pool, deque((b"",), self.PIECES)
+        self.wire, self._decoder, self._pool = answer.wire, answer.decoder, upstream.pool
+        self._tail = deque((b"",), self.PIECES)
         if upstream.mask and answer.head.status >= 300:
             self._mask = Mask(upstream.mask.encode())
         self._plain = chunked and self._decoder.size == CHUNKED and not self._mask
@@ -2280,7 +2292,8 @@ class Exchange:
         self._carrier.let_go(self)
         self._release()
         if self.record:
-            self._account(outcome)
+            self.record.ended(outcome)
+            self._carrier.later(self._account)
         if self.out or outcome != "ok":  # a plain close would end some bodies as if they were whole
             client.close(abruptly=bool(self.record) and not self.chunked and self._decoder.size < 0)
         elif self.keep:
@@ -2288,15 +2301,15 @@ class Exchange:
         else:
             client.linger()
 
-    def _account(self, outcome):
+    def _account(self):
         record, tail = self.record, b"".join(self._tail)
         tail = self.FRAMING.sub(b"", tail) if self._plain else tail
-        if outcome == "ok" and (record.status >= 400 or ends_in_error(tail)):
-            outcome = "error"
+        if record.outcome == "ok" and (record.status >= 400 or ends_in_error(tail)):
+            record.outcome = "error"
         if record.status < 400 and not self._answer.head.get("content-encoding"):
             record.tokens_in, record.tokens_out = token_counts(tail)
         record.bytes_out = self.bytes_out
-        self._carrier.log.request(record, outcome)
+        self._carrier.log.request(record)
 
 
 # ---- Handler ----------------------------------------------------------------
@@ -2479,7 +2492,7 @@ class Handler:
             answer.wire.close()
         self.record.upstream = None
         self.record.answered(200)
-        self.server.log.request(self.record, "ok")
+        self.server.log.request(self.record.ended("ok"))
         self.reply(200, json.dumps({"version": OWN_VERSION}).encode(), JSON_TYPE)
 
     def keeps(self):
@@ -2509,7 +2522,7 @@ class Handler:
         if told:
             record.answered(failure.status)
         if not self.target.is_own if self.target else self.head or told:
-            self.server.log.request(record, failure.outcome)
+            self.server.log.request(record.ended(failure.outcome))
         if not told:
             return self.client.close()
         lines = JSON_TYPE + "".join(f"{name}: {value}\r\n" for name, value in failure.headers)
@@ -2538,7 +2551,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, settings, log):
         self.settings, self.log, self.carrier = settings, log, Carrier(log)
         self.draining, self.deadline = False, 0.0
-        self.clients, self.parked, self.lingering = set(), set(), set()
+        self.clients, self.lingering = set(), set()
         self.name = "ollama_proxy-" + os.urandom(4).hex()  # by which it knows its own requests
         self._complained, self._stopped = {}, threading.Event()
         if ":" in settings.host:
@@ -2604,7 +2617,7 @@ class Server(ThreadingHTTPServer):
         client = Client(request, address[7:] if address.startswith("::ffff:") else address, self)  # IPv4 on either
         if len(self.clients) < self.settings.max_connections:
             self.clients.add(client)
-            client.listen(self.settings.client_timeout)
+            client.listen(client.LINGER if self.draining else self.settings.client_timeout)
             return client.wake()
         self.complain("limit", f"over {self.settings.max_connections} clients (PROXY_MAX_CONNECTIONS): some get 503")
         body = error_body("", 503, "too many clients are connected to the proxy", None)
@@ -2653,9 +2666,8 @@ class Server(ThreadingHTTPServer):
         if self.draining:
             return
         self.draining = True
-        for client in [*self.parked]:
-            if not client.ahead:
-                client.close()
+        for client in [client for client in self.clients if client.idle]:
+            client.close()
         while self._knock():  # a plain close would reset them
             pass
         self._door.close()

@@ -343,8 +343,9 @@ def test_a_chunked_body_does_not_depend_on_how_it_arrives(step):
 
 
 @pytest.mark.parametrize("filler", [b"x", b"\r\n", b"\r\n0\r\n\r\n", b"a\r\n1\r\nb"])
-def test_many_chunks_at_once_are_the_same_as_one_by_one(filler):
-    pieces = [filler * (n % 150) + b"%d" % n for n in range(1000)]
+@pytest.mark.parametrize("alike", [1, 100, 1000])
+def test_many_chunks_at_once_are_the_same_as_one_by_one(filler, alike):
+    pieces = [filler * (n // alike % 150) + b"%04d" % n for n in range(1000)]
     wire = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\nrest"
     decoder, follower, payload, sizes, again = proxy.Decoder(proxy.CHUNKED), proxy.Decoder(proxy.CHUNKED), b"", 0, b""
     for at in range(0, len(wire), 20000):
@@ -669,6 +670,21 @@ def test_control_characters_cannot_forge_a_line(server):
     assert "\n" not in text and "\x1b" not in text and "\u2028" not in text
 
 
+@pytest.mark.parametrize("step", [1, 7, 40, 1000])
+def test_tokens_are_counted_however_the_end_of_a_stream_is_cut(server, upstream, step):
+    end = b'{"done":true,"prompt_eval_count":26,"eval_count":298}\n'
+
+    def play(call):
+        call.send(STREAM)
+        for at in range(0, len(end), step):
+            call.chunk(end[at:at + step])
+        call.send(b"0\r\n\r\n")
+    upstream.play = play
+    assert server.get("POST", "/api/chat", CHAT)[2] == end
+    line, = server.lines()
+    assert (line["tokens_in"], line["tokens_out"], line["bytes_out"]) == (26, 298, len(end))
+
+
 def test_the_own_pages_are_not_logged_as_requests(server):
     for path in "/", "/-/health", "/healthz", "/-/ready":
         server.get("GET", path)
@@ -695,6 +711,42 @@ def test_a_log_pipe_that_nobody_reads_stops_no_request(upstream, tmp_path):
         assert process.wait(WAIT) == 0
     os.close(writer)
     os.close(reader)
+
+
+def test_lines_that_were_lost_are_counted_in_the_log():
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 1000)
+    os.set_blocking(writer, True)
+    log = proxy.Log(f"/dev/fd/{writer}", "json")
+    log.LIMIT = 5
+    log.event("info", "test", "the writer is stuck with this one")
+    until(lambda: log._busy and log._lines.empty())
+    for n in range(9):
+        log.event("info", "test", "one of nine")
+    os.set_blocking(reader, False)
+    got = []
+
+    def told():
+        with contextlib.suppress(BlockingIOError):
+            got.append(os.read(reader, 65536))
+        return b"4 lines were lost" in b"".join(got)
+    until(told)
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_bug_after_the_head_cuts_the_connection_and_says_no_more(server, upstream, monkeypatch):
+    def begin(self, *arguments):
+        begun(self, *arguments)
+        raise ValueError("a bug")
+    begun = proxy.Exchange.begin
+    monkeypatch.setattr(proxy.Exchange, "begin", begin)
+    upstream.play = lambda call: (call.send(STREAM), upstream.go_on.wait(WAIT))
+    assert drain(server.ask("GET", "/api/tags")).count(b"HTTP/1.1") < 2
+    upstream.go_on.set()
 
 
 @pytest.mark.parametrize("tail, outcome", [(b'{"done":true}\n', "ok"), (b'{"error":"out of memory"}\n', "error"),
@@ -940,6 +992,22 @@ def test_a_long_body_is_looked_through_while_others_are_served(server, upstream,
     assert server.read(sock)[0] == 200 and server.lines(model="long")
 
 
+def test_a_thread_that_outlasts_its_time_wakes_nobody_else(server):
+    carrier, late, in_time, ended, results = server.server.carrier, threading.Event(), threading.Event(), threading.Event(), []
+
+    def steps():
+        with pytest.raises(TimeoutError):
+            yield from proxy.in_thread(carrier, time.monotonic(), lambda: (late.wait(WAIT), ended.set()))
+        late.set()
+        results.append((yield from proxy.in_thread(carrier, None, lambda: in_time.wait(WAIT) and "right")))
+    carrier.call(carrier.start, steps())
+    assert ended.wait(WAIT)
+    until(lambda: not carrier._inbox)
+    carrier.perform(int)
+    in_time.set()
+    until(lambda: results == ["right"])
+
+
 def test_any_other_expectation_is_417(server):
     assert server.get("POST", "/api/chat", CHAT, Expect="200-ok")[0] == 417
 
@@ -980,6 +1048,19 @@ def test_the_next_address_of_a_host_is_tried(serve, upstream, monkeypatch):
         return real("127.0.0.1", dead, *args, **kwargs) + real("127.0.0.1", port, *args, **kwargs)
     monkeypatch.setattr(proxy.socket, "getaddrinfo", lookup)
     assert serve(PROXY_UPSTREAMS=f"cloud=http://localhost:{upstream.port}").get("GET", "/api/tags")[0] == 200
+
+
+def test_a_look_that_its_asker_gave_up_says_nothing_of_the_upstream(serve, upstream, monkeypatch):
+    looked, found, real = threading.Event(), threading.Event(), socket.getaddrinfo
+    monkeypatch.setattr(proxy.socket, "getaddrinfo", lambda host, *args, **kwargs: real("127.0.0.1", *args, **kwargs)
+                        if host != "slow.example" or looked.set() or found.wait(WAIT) else [])
+    server = serve(PROXY_UPSTREAMS=f"cloud=http://slow.example:{upstream.port}")
+    sock = server.ask("GET", "/-/ready")
+    assert looked.wait(WAIT)
+    leave(sock, True)
+    until(lambda: not server.server.clients)
+    found.set()
+    assert server.get("GET", "/-/ready")[0] == 200
 
 
 def test_a_host_name_that_is_looked_up_for_ever_neither_outlasts_the_limit_nor_the_client(serve, upstream, monkeypatch):
@@ -1248,6 +1329,28 @@ def test_an_http_1_0_upstream_is_understood(server, upstream):
     upstream.play = lambda call: (call.send(b"HTTP/1.0 200 OK\r\n\r\nhello"), "close")[1]
     sock = server.ask("GET", "/api/tags")
     assert server.read(sock)[2] == b"hello"
+
+
+def test_a_client_that_stays_after_its_last_answer_is_let_go(server):
+    sock = server.ask("GET", "/", Connection="close")
+    assert server.read(sock)[0] == 200
+    until(lambda: not server.server.clients)
+
+
+def test_not_more_than_so_many_are_heard_out_after_their_last_answer(server, monkeypatch):
+    monkeypatch.setattr(proxy.Client, "LINGER", 60)
+    monkeypatch.setattr(proxy.Client, "LINGERERS", 2)
+    for _ in range(5):
+        assert server.read(server.ask("GET", "/", Connection="close"))[0] == 200
+    until(lambda: len(server.server.clients) == 2)
+
+
+def test_thousands_of_pipelined_requests_are_answered(server):
+    sock = server.connect()
+    sock.sendall(b"GET /-/health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2000)
+    data = b""
+    while data.count(b'{"status": "ok"}') < 2000:
+        data += sock.recv(65536)
 
 
 def test_pipelined_requests_are_answered_in_order(server, upstream):
@@ -1839,7 +1942,7 @@ def test_after_the_drain_what_is_left_is_cut_visibly_and_logged(upstream, tmp_pa
 def test_who_knocked_before_the_stop_is_let_in(server, upstream):
     gate, carrier = threading.Event(), server.server.carrier
     carrier.call(gate.wait)  # nobody accepts now
-    socks = [server.ask("GET", "/api/tags") for _ in range(proxy.Server.AT_ONCE + 1)]
+    socks = [server.ask("GET", "/api/tags") for _ in range(2 * proxy.Server.AT_ONCE + 1)]
     threading.Thread(target=server.server.drain, args=(WAIT,), daemon=True).start()
     until(lambda: carrier._inbox)
     gate.set()
