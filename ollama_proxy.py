@@ -1938,7 +1938,6 @@ class Carrier:
     """The thread, what it watches, and what other threads want of it."""
 
     TICK = 0.25  # seconds between looks at the deadlines
-    LATER = 0.002  # seconds that a chore waits at the most
     AT_ONCE = 256  # events that are taken in hand before more are asked for
 
     def __init__(self, log):
@@ -1946,7 +1945,7 @@ class Carrier:
         self.poll, self.wires = getattr(select, "epoll", Poll)(), {}  # by file descriptor
         self.buffer = memoryview(bytearray(PIECE))
         self.now = self._next_look = time.monotonic()
-        self._held, self._inbox, self._chores, self._closed = set(), deque(), deque(), False
+        self._held, self._inbox, self._closed = set(), deque(), False
         ring, bell = socket.socketpair()
         self._ring, self._bell = Wire(ring, self), Wire(bell, self)
         self._bell.watch(READ, lambda bell, _: bell.receive())
@@ -1965,10 +1964,6 @@ class Carrier:
     def soon(self, act, *arguments):
         """Do something when what is going on now is over."""
         self._inbox.append((act, arguments))
-
-    def later(self, chore):
-        """Do what nobody waits for in the next round, when others have been asked and are being waited for."""
-        self._chores.append(chore)
 
     def call(self, act, *arguments):
         """Have the carrier's thread do something; any thread may call this."""
@@ -1993,9 +1988,8 @@ class Carrier:
 
     def run(self):
         """Carry, until close()."""
-        while not self._closed or self._chores:
-            chores = len(self._chores)
-            ready = self.poll.poll(0 if self._inbox else self.LATER if chores else self.TICK, self.AT_ONCE)
+        while not self._closed:
+            ready = self.poll.poll(0 if self._inbox else self.TICK, self.AT_ONCE)
             self.now = time.monotonic()
             for wire, events in [(self.wires[fd], events) for fd, events in ready]:
                 act = wire.act
@@ -2007,8 +2001,6 @@ class Carrier:
             for _ in range(len(self._inbox)):
                 act, arguments = self._inbox.popleft()
                 self._guard(act, *arguments)
-            for _ in range(chores):
-                self._guard(self._chores.popleft())
             if self.now >= self._next_look:
                 self._look()
 
@@ -2293,7 +2285,7 @@ class Exchange:
         self._release()
         if self.record:
             self.record.ended(outcome)
-            self._carrier.later(self._account)
+            self._account()
         if self.out or outcome != "ok":  # a plain close would end some bodies as if they were whole
             client.close(abruptly=bool(self.record) and not self.chunked and self._decoder.size < 0)
         elif self.keep:
