@@ -87,7 +87,6 @@ class SettingsError(ValueError):
 
 class Failure(Exception):
     """One request ends here, with a status and headers for the client and words for people."""
-
     status, outcome = 500, "error"
 
     def __init__(self, words, status=None, headers=()):
@@ -98,7 +97,6 @@ class Failure(Exception):
 
 class Refused(Failure):
     """The proxy says no: the request, its sender, or a limit."""
-
     status, outcome = 400, "refused"
 
 
@@ -108,39 +106,33 @@ class Malformed(Refused):
 
 class Unreachable(Failure):
     """No connection to the upstream could be made."""
-
     status, outcome = 502, "unreachable"
 
 
 class Silent(Failure):
     """The upstream was silent for longer than PROXY_READ_TIMEOUT."""
-
     status, outcome = 504, "timeout"
 
 
 class UpstreamLost(Failure):
     """The upstream cut, reset or garbled its answer."""
-
     status, outcome = 502, "upstream_lost"
 
 
 class Stopped(Failure):
     """The proxy was told to stop, and the drain is over."""
-
     status, outcome = 503, "stopped"
 
 
 class ClientLeft(Failure):
     """The client went first; there is nobody to tell."""
-
     outcome = "client_left"
 
 
 # ---- Settings ---------------------------------------------------------------
 #
 # Parsers take text and raise ValueError in words for people; a secret's parser
-# never quotes its text. (Classes with slots or tuples, not dataclasses: importing
-# those takes a fifth of the time that the proxy needs to start.)
+# never quotes its text. (No dataclasses: importing them takes long.)
 
 OFF = "off"
 TOKEN_TEXT = re.compile(r"[\x21-\x7e]+")
@@ -500,14 +492,14 @@ def parse_env(text):
 # Everything here is pure. http.server and http.client accept heads that smuggle
 # requests; what this section cannot parse exactly is never passed on.
 
-HEAD_LIMIT = 64 * 1024
+HEAD_LIMIT, LINES_LIMIT = 64 * 1024, 200
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([^\x00\r\n]*))?")
 FIELD_LINE = re.compile(rf"({TOKEN}):[ \t]*([^\x00\r\n]*)".encode())
 HOST_FIELD = re.compile(r"[A-Za-z0-9._~!$&'()*+;=%:\[\]-]*")
 LENGTH = re.compile(r"[0-9]{1,18}", re.ASCII)
-BARE_LF = re.compile(rb"(?<!\r)\n")
+CRLF = b"\r\n"
 
 CHUNKED, UNTIL_CLOSE = -1, -2  # sizes of a body that does not say how long it is
 
@@ -520,10 +512,12 @@ class Head:
     `method` and `target` are set, of an answer `status` and `reason`.
     """
 
-    __slots__ = ("method", "target", "version", "status", "reason", "fields", "size", "keeps", "_last")
+    __slots__ = ("method", "target", "version", "status", "reason", "fields", "size", "keeps", "made", "_last")
 
     def __init__(self, lines, version=1):
-        self.version = version
+        if len(lines) > LINES_LIMIT:
+            raise Malformed(f"there are more than {LINES_LIMIT} header lines", 431)
+        self.version, self.made = version, {}
         self.fields = [field_of(line) for line in lines]
         self._last = {name: value for name, value, _ in self.fields}
         self.size = self._size()
@@ -645,7 +639,17 @@ NOT_SENT_DOWN = HOP_BY_HOP | frozenset(
     "x-accel-buffering".split())
 
 
-@lru_cache(maxsize=256)
+def once(make):
+    """Have a function remember what it made of a head in that head's `made`, and so not for longer than the head."""
+    def made(head, argument):
+        key = make, argument
+        if key not in head.made:
+            head.made[key] = make(head, argument)
+        return head.made[key]
+    return made
+
+
+@once
 def fields_up(head, identity):
     """The lines of a request's end-to-end headers; with `identity`, an answer without compression is asked for."""
     barred = NOT_SENT_UP | head.tokens("connection") | ({"accept-encoding"} if identity else set())
@@ -653,7 +657,7 @@ def fields_up(head, identity):
     return "".join(lines) + ("Accept-Encoding: identity\r\n" if identity else "")
 
 
-@lru_cache(maxsize=256)
+@once
 def fields_down(head, key):
     """The lines of an answer's headers that are the client's business, without the key should an upstream echo it."""
     barred = NOT_SENT_DOWN | head.tokens("connection")
@@ -777,8 +781,7 @@ def head_bytes(first_line, lines):
 
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]{0,4000})?")
 CHUNK_LINE_LIMIT, TRAILER_LIMIT = 4096, 8192
-CRLF = b"\r\n"
-KNOWN_LINES = {}  # of chunks, with the CRLF on either side -> size; only short ones, and not more than there are
+KNOWN_LINES = {}  # size lines of chunks below 4 KiB, in the usual spelling and between two CRLFs -> size
 
 
 @lru_cache(maxsize=1024)  # of lines of 4 KiB at the most
@@ -806,10 +809,10 @@ class Decoder:
     `size` is its length, CHUNKED or UNTIL_CLOSE. When `done`, `rest` is what came behind it.
     """
 
-    __slots__ = ("size", "done", "rest", "_left", "_line", "_width", "_trailer")
+    __slots__ = ("size", "done", "rest", "error", "_left", "_line", "_width", "_trailer")
 
     def __init__(self, size):
-        self.size, self.done, self.rest = size, size == 0, b""
+        self.size, self.done, self.rest, self.error = size, size == 0, b"", None
         self._left = size if size > 0 else 0  # of the body, or of the chunk that is being read
         self._line = CRLF  # an unfinished size line: the CRLF that ends a chunk is read as part of the next line
         self._width, self._trailer = 6, False  # of the last size line, both of its CRLFs included
@@ -819,6 +822,8 @@ class Decoder:
         if self.size == CHUNKED:
             pieces = []
             self.follow(data, pieces.append)
+            if self.error:
+                raise self.error
             return pieces[0] if len(pieces) == 1 else b"".join(pieces)
         if self.size == UNTIL_CLOSE:
             return data
@@ -831,10 +836,11 @@ class Decoder:
     def follow(self, data, take=None):
         """Follow chunks without decoding them, but for what `take` is to have of their payload.
 
-        Returns (how much payload is among these bytes, those of them that come before any trailer).
+        Returns (how much payload is among these bytes, the bytes to pass on: no trailer, and no size line before it
+        is whole). What is malformed is no longer among them; it stands in `error`.
         """
-        at = whole = self._left
-        came, before, line = data, 0, b""
+        at, before, line = self._left, 0, b""
+        whole = min(at, len(data))
         if at:
             if take:
                 take(data[:at])
@@ -842,18 +848,21 @@ class Decoder:
             self._end(self._line + data)
             return 0, b""
         else:
-            before, data = len(self._line), self._line + data
+            before, data = 2 if self._line[:2] == CRLF else 0, self._line + data  # of a size line, its CRLF has gone
             size = KNOWN_LINES.get(data[:self._width])
             if size and len(data) == self._width + size + 2 and data[-2:] == CRLF and not take:
                 self._line = CRLF  # nearly always: what has come is one whole chunk
-                return size, came
+                return size, data[before:]
         while at <= len(data):
             last, line = line, data[at:at + self._width]
             size = KNOWN_LINES.get(line)
             if not size:  # a line of another width, a new one, the last one, or none yet
-                line, size = self._next_line(data, at)
+                try:
+                    line, size = self._next_line(data, at)
+                except Malformed as error:
+                    line, self.error = b"", error
                 if not size:
-                    return whole, data[before:at + len(line)] if self._trailer else came
+                    return whole, data[before:at + len(line)]
             elif line == last and not take:  # a model's chunks are often as long as each other
                 end = chunks_like(line, size).match(data, at).end()
                 whole += (end - at) // (len(line) + size) * size
@@ -862,23 +871,23 @@ class Decoder:
             at += len(line)
             if take and at < len(data):
                 take(data[at:at + size])
+            whole += min(size, len(data) - at)
             at += size
-            whole += size
         self._left = at - len(data)
-        return whole - self._left, came
+        return whole, data[before:]
 
     def _next_line(self, data, at):
-        """Read a size line: (the line with its CRLFs, the size); the size is 0 where the body ends, or data."""
+        """Read a size line: (what of it can be passed on, the size); the size is 0 where the body ends, or data."""
         end = data.find(CRLF, at + 2)
         if end < 0 or not data.startswith(CRLF, at):
             self._keep_line(data[at:])
-            return b"", 0
+            return CRLF if data.startswith(CRLF, at) else b"", 0
         line, size = data[at:end + 2], chunk_size(data[at + 2:end])
         self._width = len(line)
         if not size:
             self._trailer, self._left = True, 0
             self._end(data[end:])
-        elif len(line) < 9 and len(KNOWN_LINES) < 4096:
+        elif size < 4096 and line == b"\r\n%x\r\n" % size:
             KNOWN_LINES[line] = size
         return line, size
 
@@ -1066,8 +1075,6 @@ class Doorman:
         self.any_origin = "*" in settings.origins or bool(self.tokens and not settings.origins)
         self.cors_unseen = "Access-Control-Allow-Origin: *\r\n" if self.any_origin else ""
         self.origins = tuple(re.compile(re.escape(word).replace(r"\*", "[^/]*"), re.I) for word in settings.origins)
-        for judge in "check_place", "admit", "cors":  # the same head is judged the same way each time
-            setattr(self, judge, lru_cache(maxsize=256)(getattr(self, judge)))
 
     def allows_origin(self, origin):
         return (self.any_origin or bool(APP_ORIGINS.fullmatch(origin))
@@ -1309,6 +1316,7 @@ PIECE = 64 * 1024
 READ, WRITE = (select.EPOLLIN, select.EPOLLOUT) if hasattr(select, "epoll") else (
     selectors.EVENT_READ, selectors.EVENT_WRITE)
 FOR_EVER = float("inf")
+INTERIM = re.compile(rb"(?:HTTP/1\.1 1(?!01)[0-9][0-9](?: [^\r\n]*)?\r\n(?:[^\r\n]+\r\n)*\r\n)+")
 # Linux tells a farewell apart from data; elsewhere one must look (Wire.has_left).
 LEAVING = getattr(select, "POLLRDHUP", select.POLLIN)
 NOT_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -1383,7 +1391,7 @@ class Wire:
         if end > HEAD_LIMIT or end < 0 and len(data) > HEAD_LIMIT:
             raise Malformed("the headers are longer than 64 KiB", 431)
         if end < 0:
-            if BARE_LF.search(data):
+            if data[-1:] == b"\n" and data[-2:] != CRLF:  # one within the head is found when that is parsed
                 raise Malformed("a line ends in LF without CR")
             return None
         self.ahead = data[end + 4:]
@@ -1421,6 +1429,15 @@ def next_head(wire, deadline):
         wire.ahead += data or b""
 
 
+def answers(wire):
+    """Look whether an upstream answers in the middle of a request, or hangs up; 1xx are no answers, and forgotten."""
+    if not wire.look():
+        return False
+    interim = INTERIM.match(wire.ahead)
+    wire.ahead = wire.ahead[interim.end():] if interim else wire.ahead
+    return bool(wire.ahead) or not interim
+
+
 def in_thread(carrier, deadline, work, *arguments):
     """Have a thread do what would hold up everybody else, and return its result, or raise what it raised."""
     task, ticket, outcome = carrier.current, carrier.current.ticket, []
@@ -1451,7 +1468,10 @@ def dial(carrier, address, proxy, deadline):
         places = look_up[0](*look_up[1:])
     else:  # this may ask the network, and can be neither timed nor stopped
         places = yield from in_thread(carrier, deadline, *look_up)
-    context = (yield from in_thread(carrier, deadline, tls_context)) if address.scheme == "https" else None
+    context = None
+    if address.scheme == "https":
+        is_ready = tls_context.cache_info().currsize
+        context = tls_context() if is_ready else (yield from in_thread(carrier, deadline, tls_context))
     for number, place in enumerate(places):
         now = time.monotonic()
         share = now + (deadline - now) / (len(places) - number)  # a dead address leaves time for the next
@@ -1504,6 +1524,7 @@ def open_tunnel(wire, address, authorization, deadline):
 
 def shake_hands(wire, context, host, deadline):
     """Speak TLS on a connected wire."""
+    wire.watch(0)  # should this fail, the socket is closed by whoever has it by then
     wire.sock = context.wrap_socket(wire.sock, server_hostname=host, do_handshake_on_connect=False,
                                     suppress_ragged_eofs=False)
     while True:
@@ -1545,6 +1566,7 @@ class Upload:
     """The body of a client's request, read as it is wanted."""
 
     DRIP = 4096  # bytes that must come within PROXY_CLIENT_TIMEOUT, or the body's end
+    SKIP = 8192  # bytes that are looked through to keep the connection of who was refused
 
     def __init__(self, client, size, expects, patience):
         self.declared = size  # a number, CHUNKED, or None where the head speaks of no body
@@ -1553,22 +1575,18 @@ class Upload:
         self._client, self._expects = client, expects
         self._patience, self._left, self._fresh = patience, patience, 0
 
-    @property
-    def done(self):
-        return self.decoder.done
-
     def more(self, upstream=None):
         """Wait for more of the body and return its payload; b"" when it is whole, None when `upstream` speaks first.
 
         Raises Refused (408), Malformed, ClientLeft.
         """
-        while not self.done:
+        while not self.decoder.done:
             data, self._client.ahead = self._client.ahead, b""
             if not data and (yield from self._wait(upstream)):
                 return None
             payload = self.decoder.feed(data or self._receive())
             self.received += len(payload)
-            if self.done:
+            if self.decoder.done:
                 self._client.ahead = self.decoder.rest
             if payload:
                 return payload
@@ -1586,13 +1604,15 @@ class Upload:
 
     def skip(self):
         """Forget what of the body has come already; whether that was all of it."""
-        if not self.done:
+        if not self.decoder.done:
+            if len(self._client.ahead) > self.SKIP:
+                return False
             try:
                 self.decoder.feed(self._client.ahead)
             except Malformed:
                 return False
             self._client.ahead = self.decoder.rest
-        return self.done
+        return self.decoder.done
 
     def _wait(self, upstream):
         """Wait for the client, and for the upstream if there is one yet; whether that has spoken."""
@@ -1606,7 +1626,7 @@ class Upload:
         watched = (self._client, READ) + ((upstream, READ) if upstream else ())
         try:
             ready = yield (began + self._left, *watched)
-            while ready is upstream and not upstream.look():
+            while ready is upstream and not answers(upstream):
                 ready = yield (began + self._left, *watched)
         except TimeoutError:
             raise Refused("the body of the request came too slowly", 408) from None
@@ -1647,9 +1667,6 @@ class Pool:
 
     def __init__(self):
         self._wires, self._closed = deque(), False
-
-    def __len__(self):
-        return len(self._wires)
 
     def take(self):
         """A wire that is still open and silent, or None."""
@@ -1699,7 +1716,7 @@ class Upstream(urllib.request.BaseHandler):
         self._connect_timeout, self._read_timeout = settings.connect_timeout, settings.read_timeout
         self._template = vars(Ask(f"{address.scheme}://{address.netloc}/"))
         self._own_lines = f"Host: {address.netloc}\r\n" + (f"Authorization: Bearer {self.key}\r\n" if self.key else "")
-        self._seen_at, self._reachable = float("-inf"), None
+        self._seen_at, self._reachable, self._askers = float("-inf"), None, []
         self._opener = urllib.request.OpenerDirector()
         proxy = urllib.request.getproxies_environment().get("https")
         if proxy and not is_loopback(address.host):  # a key in clear over an HTTP_PROXY: never
@@ -1748,17 +1765,24 @@ class Upstream(urllib.request.BaseHandler):
     def is_reachable(self):
         """Whether it can be connected to, by traffic or a look in the last FRESH seconds; sends no request."""
         if time.monotonic() - self._seen_at > self.FRESH:
-            self._seen_at = time.monotonic()  # those who ask meanwhile hear what was known before
+            task = self._carrier.current
+            if not self._askers:  # the look is a task of its own, and so outlives who asks for it
+                self._carrier.soon(self._carrier.start, self._look())
+            self._askers.append((task.wake, task.ticket))
+            yield (None,)
+        return self._reachable
+
+    def _look(self):
+        try:
             wire = self.pool.take()
-            try:
-                self.pool.put(wire or (yield from self._opener.open(self._new_ask())))
-                self._note(True)
-            except Unreachable:
-                return False
-            except BaseException:  # of the one who asked: the next one looks again
-                self._seen_at = float("-inf")
-                raise
-        return bool(self._reachable)
+            self.pool.put(wire or (yield from self._opener.open(self._new_ask())))
+            self._note(True)
+        except Unreachable:
+            return  # noted already
+        finally:
+            for wake, ticket in self._askers:
+                self._carrier.soon(wake, ticket)
+            self._askers.clear()
 
     def _note(self, reachable, words=""):
         if reachable != self._reachable and (self._reachable is not None or not reachable):
@@ -1819,12 +1843,12 @@ class Upstream(urllib.request.BaseHandler):
             if not data:
                 return True
             yield self._deadline(), wire, READ | WRITE
-            if wire.look():
+            if answers(wire):
                 return False
 
     def _push_upload(self, wire, ask):
         chunked, going = ask.upload.decoder.size == CHUNKED, True
-        while going and not ask.upload.done:
+        while going and not ask.upload.decoder.done:
             payload = yield from ask.upload.more(wire)
             if payload:
                 going = yield from self._push(wire, as_chunk(payload) if chunked else payload, ask)
@@ -1845,7 +1869,7 @@ class Upstream(urllib.request.BaseHandler):
                 raise UpstreamLost(f"upstream {self.name} gave an answer that is not HTTP: {error}") from None
             if status == 101:
                 raise UpstreamLost(f"upstream {self.name} switched to a protocol that nobody asked for")
-        taken = not ask.upload or ask.upload.done
+        taken = not ask.upload or ask.upload.decoder.done
         return Answer(head, Decoder(size), wire, taken and head.keeps and size != UNTIL_CLOSE)
 
     def _deadline(self):
@@ -1898,7 +1922,7 @@ class Task:
             wire.watch(events, self._ready)
         if self.client and self.client not in wires:
             self.client.watch(self.client.heard, self._hear_client)
-        self._carrier.hold(self)
+        self._carrier.held.add(self)
 
     def wake(self, ticket):
         """Go on after a wait without wires, if it is still the one with this ticket."""
@@ -1931,7 +1955,7 @@ class Task:
     def _end(self):
         self.ticket += 1
         self._let_go()
-        self._carrier.let_go(self)
+        self._carrier.held.discard(self)
 
 
 class Carrier:
@@ -1945,7 +1969,8 @@ class Carrier:
         self.poll, self.wires = getattr(select, "epoll", Poll)(), {}  # by file descriptor
         self.buffer = memoryview(bytearray(PIECE))
         self.now = self._next_look = time.monotonic()
-        self._held, self._inbox, self._closed = set(), deque(), False
+        self._inbox, self._closed = deque(), False
+        self.held = set()  # tasks, exchanges, clients: whatever has a deadline
         ring, bell = socket.socketpair()
         self._ring, self._bell = Wire(ring, self), Wire(bell, self)
         self._bell.watch(READ, lambda bell, _: bell.receive())
@@ -1953,13 +1978,6 @@ class Carrier:
     def start(self, steps, client=None):
         """Do what a generator says, until it ends."""
         self._guard(Task(self, steps, client).step, steps.send)
-
-    def hold(self, thing):
-        """Look at the deadline of a task, an exchange or a client from now on."""
-        self._held.add(thing)
-
-    def let_go(self, thing):
-        self._held.discard(thing)
 
     def soon(self, act, *arguments):
         """Do something when what is going on now is over."""
@@ -1980,7 +1998,7 @@ class Carrier:
 
     def stop(self):
         """Cut what is left."""
-        for thing in [*self._held]:
+        for thing in [*self.held]:
             self._guard(thing.stop)
 
     def close(self):
@@ -2007,7 +2025,7 @@ class Carrier:
     def _look(self):
         """See whose time is up, and which client has left behind more than is read ahead of it."""
         self._next_look = self.now + self.TICK
-        for thing in [*self._held]:
+        for thing in [*self.held]:
             client = thing.client
             if self.now > thing.deadline:
                 self._guard(thing.expire)
@@ -2026,7 +2044,7 @@ class Carrier:
         thing = getattr(act, "__self__", None)
         for wire in (thing, getattr(thing, "client", None), getattr(thing, "wire", None)):
             if isinstance(wire, Wire):
-                self.let_go(thing)
+                self.held.discard(thing)
                 wire.close(abruptly=True)
 
 
@@ -2066,36 +2084,37 @@ class Client(Wire):
 
     def park(self, patience):
         """Wait for its next request, unless the proxy is about to stop."""
-        if self._server.draining and not self.ahead:
+        if self._server.draining and not self.says:
             return self.close()
         self.listen(patience)
-        if self.ahead:
+        if self.says:
             self.carrier.soon(self._meet)
 
     def listen(self, patience):
         """Wait for a request, for so many seconds."""
         self.deadline = time.monotonic() + patience
-        self.carrier.hold(self)
+        self.carrier.held.add(self)
         self.watch(READ, self.wake)
 
     @property
-    def idle(self):
-        return self.act == self.wake and not self.ahead
+    def says(self):
+        return self.ahead not in (b"", b"\r", CRLF)  # RFC 9112, section 2.2: an empty line means nothing
 
     def wake(self, *_):
         """It says something, or leaves."""
         try:
-            gone = self.look() and not self.ahead
+            before = self.ahead
+            gone = self.look() and self.ahead == before
         except OSError:
             gone = True
         if gone:
             self.close()
-        elif self.ahead:
+        elif self.says:
             self._meet()
 
     def _meet(self):
         if self.act == self.wake:  # else it was closed meanwhile
-            self.carrier.let_go(self)
+            self.carrier.held.discard(self)
             self._server.finish_request(self, self.address)
 
     def linger(self):
@@ -2107,7 +2126,7 @@ class Client(Wire):
         if len(self._server.lingering) >= self.LINGERERS:
             return self.close()
         self.deadline = time.monotonic() + self.LINGER
-        self.carrier.hold(self)
+        self.carrier.held.add(self)
         self._server.lingering.add(self)
         self.watch(READ, self._hear_out)
 
@@ -2120,7 +2139,7 @@ class Client(Wire):
             self.close()
 
     def close(self, abruptly=False):
-        self.carrier.let_go(self)
+        self.carrier.held.discard(self)
         self._server.lingering.discard(self)
         self._server.clients.discard(self)
         super().close(abruptly)
@@ -2208,6 +2227,8 @@ class Exchange:
         except Malformed:
             self.outcome = UpstreamLost.outcome
             return
+        if decoder.error:
+            self.outcome = UpstreamLost.outcome
         self.bytes_out += size
         tail = out if size < self.TAIL else out[-self.TAIL:]
         if size < 64 and len(self._tail[-1]) < self.TAIL:
@@ -2248,7 +2269,7 @@ class Exchange:
 
     def _listen(self, blocked):
         self._blocked = blocked
-        self._carrier.hold(self)
+        self._carrier.held.add(self)
         self.client.watch(self.client.heard | (WRITE if blocked else 0), self._from_client)
         if self.wire:
             self.wire.watch(0 if blocked else READ, self._from_upstream)
@@ -2281,7 +2302,7 @@ class Exchange:
     def _finish(self, outcome):
         """Account for the exchange, and let the client go on, or go."""
         client = self.client
-        self._carrier.let_go(self)
+        self._carrier.held.discard(self)
         self._release()
         if self.record:
             self.record.ended(outcome)
@@ -2313,10 +2334,7 @@ LONG = 16 * 1024  # bytes of a body from which on a thread of its own looks thro
 
 
 class Handler:
-    """What is done for one request, from its first byte until an exchange takes over.
-
-    Made as socketserver makes its handlers, but what would block there is a task of the carrier's here.
-    """
+    """What is done for one request, until an exchange takes over: made by socketserver, done by a task."""
 
     def __init__(self, client, address, server):
         self.client, self.server, self.record = client, server, Record(address)
@@ -2424,7 +2442,7 @@ class Handler:
                 is_openai = b"input" in (yield from self.look_through(body, members))
                 path = "/v1/embeddings" if is_openai else "/api/embeddings"
         asked = (head.method, path + self.target.query, self.lines_up(held, len(body)), body,
-                 None if upload.done else upload)
+                 None if upload.decoder.done else upload)
         if path == "/api/version":
             yield from self.give_version(asked)
         else:
@@ -2488,7 +2506,7 @@ class Handler:
         self.reply(200, json.dumps({"version": OWN_VERSION}).encode(), JSON_TYPE)
 
     def keeps(self):
-        return self.head.keeps and self.upload.done and not self.server.draining
+        return self.head.keeps and self.upload.decoder.done and not self.server.draining
 
     def closing_lines(self, keep):
         """The lines that every answer has."""
@@ -2528,10 +2546,10 @@ OWN_PAGES = {"/": Handler.page_root, "/-/health": Handler.page_health, "/-/ready
 
 
 class Server(ThreadingHTTPServer):
-    """Listens, has each client's requests answered, and knows who is there.
+    """Listens, has requests answered, and knows who is there.
 
-    By tasks of the carrier's, not by a thread each: threads hand the interpreter's lock over at every system call,
-    which costs several times what the call and the decision do.
+    A request is a task of the carrier's, not a thread: those would hand the interpreter's lock over at every system
+    call, which costs several times what the call and the decision do.
     """
 
     request_queue_size = 1024
@@ -2563,18 +2581,22 @@ class Server(ThreadingHTTPServer):
 
     def adopt(self, settings):
         """Obey settings from the next request on."""
-        if self.upstream:
-            self.upstream.pool.close()
-        self.settings, self.upstream = settings, Upstream(settings.upstreams[0], settings, self.carrier)
-        self.rules = settings, Doorman(settings), self.upstream  # what one request goes by from its start to its end
+        old, upstream = self.upstream, Upstream(settings.upstreams[0], settings, self.carrier)
+        self.rules = settings, Doorman(settings), upstream  # what one request goes by from its start to its end
+        self.settings, self.upstream = settings, upstream
+        if old:
+            old.pool.close()
 
     # The carrier's thread:
 
     def serve_forever(self, poll_interval=None):
         """Be the carrier's thread until shutdown(); `poll_interval` is for the base class's callers."""
-        self.keep_house()
-        self.carrier.run()
-        self._stopped.set()
+        try:
+            self.keep_house()
+            self.carrier.run()
+        finally:
+            self.carrier.close()
+            self._stopped.set()
 
     def keep_house(self):
         """What is due now and then; the carrier holds the server as it does all that has a deadline."""
@@ -2582,7 +2604,7 @@ class Server(ThreadingHTTPServer):
         if not self.draining:
             self._door.watch(READ, self._knock)
             self.deadline = time.monotonic() + self.PAUSE
-            self.carrier.hold(self)
+            self.carrier.held.add(self)
 
     expire = keep_house
 
@@ -2597,7 +2619,7 @@ class Server(ThreadingHTTPServer):
             except BlockingIOError:
                 return False
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE):  # keep_house() tries again
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):  # keep_house() tries again
                     self.complain("limit", f"no descriptors are left for clients ({error.strerror}): raise LimitNOFILE")
                     self._door.watch(0)
                     return False
@@ -2658,10 +2680,12 @@ class Server(ThreadingHTTPServer):
         if self.draining:
             return
         self.draining = True
-        for client in [client for client in self.clients if client.idle]:
-            client.close()
-        while self._knock():  # a plain close would reset them
-            pass
+        for client in [*self.clients]:
+            if client.act == client.wake and not client.says:
+                client.close()
+        for _ in range(self.request_queue_size // self.AT_ONCE + 1):
+            if not self._knock():  # a plain close would reset those who still wait
+                break
         self._door.close()
 
     def shutdown(self):
@@ -2763,15 +2787,12 @@ class Echo(BaseHTTPRequestHandler):
         self.wfile.write(b"0\r\n\r\n")
 
 
-class EchoServer(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request, client_address):
-        """A client that leaves in mid-answer is nothing to report."""
-
-
-def start(settings, log):
-    """Listen, and serve in a thread of its own; returns the Server, or exits when the port cannot be had."""
+def start(settings):
+    """Listen, and serve in a thread of its own; returns the Server, or exits when log or port cannot be had."""
+    try:
+        log = Log(settings.log, settings.log_format)
+    except (OSError, ValueError) as error:
+        sys.exit(fail(f"PROXY_LOG={settings.log!r}: {getattr(error, 'strerror', error)}", 2))
     raise_file_limit(settings.max_connections)
     gc.freeze()  # what is loaded stays: the collector need not go through it again and again
     gc.set_threshold(50_000, 20, 50)  # nor look at what a thousand lines leave behind for a moment
@@ -2784,10 +2805,20 @@ def start(settings, log):
         else:
             words = f"cannot listen on {place}: {error.strerror or error}; set PROXY_HOST and PROXY_PORT"
         sys.exit(fail(words))
-    threading.Thread(target=server.serve_forever, name="carrier", daemon=True).start()
+    threading.Thread(target=carry, args=(server,), name="carrier", daemon=True).start()
     if settings.upstreams[0].scheme == "https":
         threading.Thread(target=tls_context, name="certificates", daemon=True).start()
     return server
+
+
+def carry(server):
+    """Be the carrier; should it die, so does the proxy, and whoever watches over it starts it again."""
+    try:
+        server.serve_forever()
+    except BaseException as bug:
+        server.log.event("error", "bug", f"the carrier has died: {describe(bug)}")
+        server.log.close()
+        os._exit(1)
 
 
 def raise_file_limit(clients):
@@ -2838,13 +2869,6 @@ def catch_signals():
     return signals
 
 
-def open_log(settings):
-    try:
-        return Log(settings.log, settings.log_format)
-    except (OSError, ValueError) as error:
-        sys.exit(fail(f"PROXY_LOG={settings.log!r}: {getattr(error, 'strerror', error)}", 2))
-
-
 def fail(words, status=1):
     """Tell a person what is wrong, a line each, and return the exit status."""
     for line in words.splitlines():
@@ -2856,8 +2880,8 @@ def serve(environ):
     """Serve until stopped."""
     signals = catch_signals()
     settings, warnings = Settings.load(environ)
-    log = open_log(settings)
-    server = start(settings, log)
+    server = start(settings)
+    log = server.log
     for words in warnings:
         log.event("warning", "settings", words)
     who = "whoever reaches it" if settings.auth_token == OFF else (
@@ -2870,13 +2894,14 @@ def serve(environ):
 def demo(environ):
     """Try everything without a key: a built-in model that echoes, and the real proxy before it."""
     signals = catch_signals()
-    echo = EchoServer(("127.0.0.1", 0), Echo)
+    echo = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
+    echo.handle_error = lambda *_: None  # a client that leaves in mid-answer is nothing to report
     threading.Thread(target=echo.serve_forever, name="echo", daemon=True).start()
     kept = {name: environ[name] for name in ("PROXY_LOG", "PROXY_LOG_FORMAT") if name in environ}
     environ = {"PROXY_UPSTREAMS": f"demo=http://127.0.0.1:{echo.server_port}", "PROXY_ENV_FILE": os.devnull,
                "PROXY_PORT": environ.get("PROXY_PORT") or "0", **kept}
     settings, _ = Settings.load(environ)
-    server = start(settings, open_log(settings))
+    server = start(settings)
     said = {"model": "echo", "messages": [{"role": "user", "content": "Every word comes the moment it is said."}]}
     print(f"A model that echoes, behind the real proxy at {server.url}, streams:\n\n    ", end="", flush=True)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))

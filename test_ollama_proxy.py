@@ -804,7 +804,7 @@ def test_what_tls_says_to_itself_costs_no_kept_connection(serve, tls_upstream, t
     server = serve(upstream=tls_upstream, PROXY_UPSTREAMS=f"cloud=https://localhost:{tls_upstream.port}")
     assert server.get("GET", "/-/ready")[0] == 200  # a connection without a request: TLS 1.3 sends its tickets now
     pool = server.server.upstream.pool
-    until(lambda: len(pool) == 1 and pool._wires[0].sock.session and pool._wires[0].sock.session.has_ticket)
+    until(lambda: len(pool._wires) == 1 and pool._wires[0].sock.session and pool._wires[0].sock.session.has_ticket)
     assert server.get("GET", "/api/tags")[0] == 200 and tls_upstream.connections == 1
 
 
@@ -1247,13 +1247,13 @@ def test_the_head_of_an_answer_does_not_wait_for_its_body(server, upstream):
 
 @pytest.mark.parametrize("version, answer, ends, reset", [
     ("1.1", STREAM + b"4\r\nhalf\r\n", b"half\r\n", False), ("1.1", STREAM + b"9\r\nhalf", b"half", False),
-    ("1.1", STREAM + b"4\r\nhalf\r\nXX\r\n", b"\r\n\r\n", False),
+    ("1.1", STREAM + b"4\r\nhalf\r\nXX\r\n", b"half", False), ("1.1", STREAM + b"4\r\nhalf\r\n0", b"half\r\n", False),
     ("1.1", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf", b"half", False), ("1.0", STREAM + b"4\r\nhalf\r\n", b"half", True)])
 def test_an_upstreams_death_in_its_answer_is_a_cut(server, upstream, version, answer, ends, reset):
     upstream.play = lambda call: (call.send(answer), upstream.go_on.wait(WAIT), "close")[-1]
     sock = server.ask("POST", "/api/chat", CHAT, version=version)
     got = b""
-    while b"half" not in got and b"XX" not in answer:
+    while b"half" not in got:
         got += sock.recv(65536)
     upstream.go_on.set()
     rest = drain(sock)
@@ -1387,7 +1387,7 @@ def test_a_slow_reader_holds_a_bounded_piece_and_slows_nobody(server, upstream):
     server.ask("GET", "/big", sock=sock)
     assert upstream.go_on.wait(WAIT) and sum(sent) < 30_000_000
     assert server.get("GET", "/api/tags")[0] == 200
-    held, = [held for held in server.server.carrier._held if isinstance(held, proxy.Exchange)]
+    held, = [held for held in server.server.carrier.held if isinstance(held, proxy.Exchange)]
     assert 0 < len(held.out) <= 2 * proxy.PIECE
 
 
@@ -1463,7 +1463,7 @@ def test_a_client_that_leaves_while_it_blocks_its_answer_is_noticed(server, upst
         upstream.left.set()
     upstream.play = play
     sock = server.ask("GET", "/big")
-    until(lambda: any(isinstance(held, proxy.Exchange) and held.out for held in [*server.server.carrier._held]))
+    until(lambda: any(isinstance(held, proxy.Exchange) and held.out for held in [*server.server.carrier.held]))
     leaves(server, upstream, sock, abruptly)
 
 
@@ -1534,7 +1534,7 @@ def test_a_client_that_leaves_while_the_upstream_does_not_accept_is_noticed(serv
         filler.connect_ex(full.getsockname())
     server = serve(PROXY_UPSTREAMS=f"cloud=http://127.0.0.1:{full.getsockname()[1]}")
     sock = server.ask("POST", "/api/chat", CHAT)
-    until(lambda: any(isinstance(held, proxy.Task) for held in [*server.server.carrier._held]))
+    until(lambda: any(isinstance(held, proxy.Task) for held in [*server.server.carrier.held]))
     began = time.monotonic()
     leave(sock, abruptly)
     assert server.lines()[0]["outcome"] == "client_left" and time.monotonic() - began < 1
@@ -1824,7 +1824,7 @@ def test_nothing_leaks_after_hundreds_of_aborted_requests(server, upstream, coun
     until(lambda: not server.server.clients)
     until(lambda: len(os.listdir("/proc/self/task")) <= threads + 5)
     carrier = server.server.carrier
-    until(lambda: len(carrier._held) == 1 and len(carrier.wires) == 2 + len(server.server.upstream.pool))
+    until(lambda: len(carrier.held) == 1 and len(carrier.wires) == 2 + len(server.server.upstream.pool._wires))
 
 
 @pytest.mark.parametrize("size", [300_000_000, pytest.param(2_000_000_000, id="soak")])
