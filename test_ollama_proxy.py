@@ -308,6 +308,22 @@ def test_unclear_framing_is_refused_on_both_sides(start, parse, line):
         parse(start + line + b"\r\n").size
 
 
+def test_a_head_of_very_many_lines_is_a_431():
+    with pytest.raises(proxy.Malformed) as caught:
+        proxy.parse_request(b"GET / HTTP/1.1\r\nHost: a\r\n" + b"a: b\r\n" * 200)
+    assert caught.value.status == 431
+
+
+def test_a_head_that_drips_costs_no_more_for_what_has_come_before():
+    near, far = socket.socketpair()
+    with near, far:
+        wire = proxy.Wire(near, None)
+        wire.ahead = b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 10_000
+        began = time.process_time()
+        assert not any(wire.take_head() for _ in range(1000))
+        assert time.process_time() - began < 0.2
+
+
 def test_equal_content_lengths_and_odd_case_are_understood():
     head = proxy.parse_request(b"POST / HTTP/1.1\r\nhOsT: a\r\ncontent-LENGTH: 5\r\nContent-Length: 5\r\n")
     assert (head.size, head.get("host")) == (5, "a")
@@ -365,6 +381,14 @@ def test_a_bad_chunk_is_refused_however_it_arrives(wire):
         with pytest.raises(proxy.Malformed):
             for at in range(0, len(wire), step):
                 decoder.feed(wire[at:at + step])
+
+
+@pytest.mark.parametrize("extension", [b";.*", b";(", b";a*", b";x=[", b""])
+def test_no_chunk_extension_hides_the_end_of_a_body(extension):
+    wire = b"1%b\r\nx\r\n" % extension * 4 + b"0%b\r\n\r\nHTTP/1.1 200 OK\r\n" % extension
+    decoder, follower = proxy.Decoder(proxy.CHUNKED), proxy.Decoder(proxy.CHUNKED)
+    assert (decoder.feed(wire), decoder.rest) == (b"xxxx", b"HTTP/1.1 200 OK\r\n")
+    assert follower.follow(wire)[0] == 4 and follower.rest == decoder.rest
 
 
 def test_chunks_cost_as_much_as_they_are_long_whatever_they_hold():
@@ -1008,6 +1032,42 @@ def test_a_thread_that_outlasts_its_time_wakes_nobody_else(server):
     until(lambda: results == ["right"])
 
 
+@pytest.mark.parametrize("path", ["/api/blobs/x", "/api/chat"])
+def test_an_interim_answer_does_not_end_an_upload(server, upstream, path):
+    upstream.reads_bodies = False
+    asked, body = threading.Event(), []
+
+    def play(call):
+        call.send(b"HTTP/1.1 103 Early Hints\r\nLink: <x>\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n")
+        asked.set()
+        while sum(map(len, body)) < 8_000_000:
+            body.append(call.sock.recv(1 << 20))
+        call.send(OK)
+    upstream.play = play
+    sock = server.ask("POST", path, b"x" * 1000, Content_Length="8000000")
+    if path == "/api/blobs/x":
+        assert asked.wait(WAIT)
+    sock.sendall(b"x" * 7_999_000)
+    assert server.read(sock)[0] == 200
+
+
+def test_an_empty_line_after_a_request_is_no_request(serve):
+    server = serve(PROXY_CLIENT_TIMEOUT="0.1")
+    sock = server.ask("GET", "/")
+    sock.sendall(b"\r\n")
+    assert server.read(sock)[0] == 200
+    assert sock.recv(1) == b""  # let go for being idle, not told that it was slow
+
+
+def test_a_long_body_that_was_refused_is_not_looked_through(serve):
+    server = serve(PROXY_AUTH_TOKEN="t")
+    for count, kept in (10, None), (2000, "close"):
+        sock = server.connect()
+        sock.sendall(b"POST /api/chat HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * count + b"0\r\n\r\n")
+        status, headers, _ = server.read(sock)
+        assert (status, headers["Connection"]) == (401, kept)
+
+
 def test_any_other_expectation_is_417(server):
     assert server.get("POST", "/api/chat", CHAT, Expect="200-ok")[0] == 417
 
@@ -1051,16 +1111,17 @@ def test_the_next_address_of_a_host_is_tried(serve, upstream, monkeypatch):
 
 
 def test_a_look_that_its_asker_gave_up_says_nothing_of_the_upstream(serve, upstream, monkeypatch):
-    looked, found, real = threading.Event(), threading.Event(), socket.getaddrinfo
+    looks, found, real = [], threading.Event(), socket.getaddrinfo
     monkeypatch.setattr(proxy.socket, "getaddrinfo", lambda host, *args, **kwargs: real("127.0.0.1", *args, **kwargs)
-                        if host != "slow.example" or looked.set() or found.wait(WAIT) else [])
+                        if host != "slow.example" or looks.append(host) or found.wait(WAIT) else [])
     server = serve(PROXY_UPSTREAMS=f"cloud=http://slow.example:{upstream.port}")
-    sock = server.ask("GET", "/-/ready")
-    assert looked.wait(WAIT)
-    leave(sock, True)
-    until(lambda: not server.server.clients)
+    for _ in range(3):
+        sock = server.ask("GET", "/-/ready")
+        until(lambda: any(isinstance(held, proxy.Task) and held.client for held in [*server.server.carrier.held]))
+        leave(sock, True)
+        until(lambda: not server.server.clients)
     found.set()
-    assert server.get("GET", "/-/ready")[0] == 200
+    assert server.get("GET", "/-/ready")[0] == 200 and looks == ["slow.example"]
 
 
 def test_a_host_name_that_is_looked_up_for_ever_neither_outlasts_the_limit_nor_the_client(serve, upstream, monkeypatch):
@@ -1243,6 +1304,13 @@ def test_the_head_of_an_answer_does_not_wait_for_its_body(server, upstream):
     assert sock.recv(65536).endswith(b"\r\n\r\n")
     upstream.go_on.set()
     assert sock.recv(65536) == b"0\r\n\r\n"
+
+
+def test_a_garbled_answer_is_cut_at_once_and_what_came_before_arrives(server, upstream):
+    upstream.play = lambda call: (call.send(STREAM + b"4\r\nhalf\r\nXX\r\n"), upstream.go_on.wait(WAIT))
+    data = drain(server.ask("POST", "/api/chat", CHAT))
+    assert not upstream.go_on.is_set() and data.endswith(b"half")
+    assert server.lines()[0]["outcome"] == "upstream_lost"
 
 
 @pytest.mark.parametrize("version, answer, ends, reset", [
@@ -1949,6 +2017,26 @@ def test_who_knocked_before_the_stop_is_let_in(server, upstream):
     for sock in socks:
         status, headers, _ = server.read(sock)
     assert (status, headers["Connection"]) == (200, "close") and refuses(server.server.server_address[1])
+
+
+def test_a_flood_of_new_clients_does_not_put_off_the_stop(server, monkeypatch):
+    monkeypatch.setattr(server.server, "_knock", lambda: True)
+    stopping = threading.Thread(target=server.server.drain, args=(0,), daemon=True)
+    stopping.start()
+    stopping.join(WAIT)
+    assert not stopping.is_alive()
+
+
+def test_a_dead_carrier_ends_the_process(tmp_path, monkeypatch):
+    class Broken:
+        log = proxy.Log(str(tmp_path / "log"))
+
+        def serve_forever(self):
+            raise KeyError("a bug")
+    ends = []
+    monkeypatch.setattr(proxy.os, "_exit", ends.append)
+    proxy.carry(Broken())
+    assert ends == [1] and "the carrier has died: KeyError" in (tmp_path / "log").read_text()
 
 
 def test_a_reload_closes_the_kept_connections_to_the_old_upstream(server, upstream):
