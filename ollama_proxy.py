@@ -1438,8 +1438,10 @@ def answers(wire):
     return bool(wire.ahead) or not interim
 
 
-def in_thread(carrier, deadline, work, *arguments):
-    """Have a thread do what would hold up everybody else, and return its result, or raise what it raised."""
+def aside(carrier, quick, deadline, work, *arguments):
+    """Do some work, in a thread unless it is quick, for everybody else would have to wait; return what it returns."""
+    if quick:
+        return work(*arguments)
     task, ticket, outcome = carrier.current, carrier.current.ticket, []
 
     def think():
@@ -1463,15 +1465,11 @@ def dial(carrier, address, proxy, deadline):
     Returns a Wire. Raises OSError, EOFError, TimeoutError, Malformed.
     """
     host, port = proxy[:2] if proxy else (address.host, address.port)
-    look_up = socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM
-    if re.fullmatch(r"[0-9.]+|.*:.*", host):
-        places = look_up[0](*look_up[1:])
-    else:  # this may ask the network, and can be neither timed nor stopped
-        places = yield from in_thread(carrier, deadline, *look_up)
+    is_number = re.fullmatch(r"[0-9.]+|.*:.*", host)  # else the network may be asked, which cannot be timed
+    places = yield from aside(carrier, is_number, deadline, socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)
     context = None
     if address.scheme == "https":
-        is_ready = tls_context.cache_info().currsize
-        context = tls_context() if is_ready else (yield from in_thread(carrier, deadline, tls_context))
+        context = yield from aside(carrier, tls_context.cache_info().currsize, deadline, tls_context)
     for number, place in enumerate(places):
         now = time.monotonic()
         share = now + (deadline - now) / (len(places) - number)  # a dead address leaves time for the next
@@ -2436,10 +2434,11 @@ class Handler:
         held, body = head.method == "POST" and path in INFERENCE, b""
         if held:
             body = yield from upload.whole(self.settings.max_body)
-            model = yield from self.look_through(body, named_model)
+            carrier, quick = self.server.carrier, len(body) < LONG
+            model = yield from aside(carrier, quick, None, named_model, body)
             self.record.model = (model or "")[:200] or None
             if path == "/embeddings":
-                is_openai = b"input" in (yield from self.look_through(body, members))
+                is_openai = b"input" in (yield from aside(carrier, quick, None, members, body))
                 path = "/v1/embeddings" if is_openai else "/api/embeddings"
         asked = (head.method, path + self.target.query, self.lines_up(held, len(body)), body,
                  None if upload.decoder.done else upload)
@@ -2447,10 +2446,6 @@ class Handler:
             yield from self.give_version(asked)
         else:
             self.give((yield from self.upstream.ask(*asked)))
-
-    def look_through(self, body, look):
-        """Look at a body; at a long one where nobody else has to wait for it."""
-        return look(body) if len(body) < LONG else (yield from in_thread(self.server.carrier, None, look, body))
 
     def lines_up(self, held, length):
         """The header lines of the request, but for the upstream's own Host and key."""

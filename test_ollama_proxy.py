@@ -1021,9 +1021,9 @@ def test_a_thread_that_outlasts_its_time_wakes_nobody_else(server):
 
     def steps():
         with pytest.raises(TimeoutError):
-            yield from proxy.in_thread(carrier, time.monotonic(), lambda: (late.wait(WAIT), ended.set()))
+            yield from proxy.aside(carrier, False, time.monotonic(), lambda: (late.wait(WAIT), ended.set()))
         late.set()
-        results.append((yield from proxy.in_thread(carrier, None, lambda: in_time.wait(WAIT) and "right")))
+        results.append((yield from proxy.aside(carrier, False, None, lambda: in_time.wait(WAIT) and "right")))
     carrier.call(carrier.start, steps())
     assert ended.wait(WAIT)
     until(lambda: not carrier._inbox)
