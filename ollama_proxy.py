@@ -641,11 +641,13 @@ NOT_SENT_DOWN = HOP_BY_HOP | frozenset(
 
 def once(make):
     """Have a function remember what it made of a head in that head's `made`, and so not for longer than the head."""
-    def made(head, argument):
+    def made(head, argument=None):
         key = make, argument
-        if key not in head.made:
-            head.made[key] = make(head, argument)
-        return head.made[key]
+        try:
+            return head.made[key]
+        except KeyError:
+            head.made[key] = make(head) if argument is None else make(head, argument)
+            return head.made[key]
     return made
 
 
@@ -1075,6 +1077,8 @@ class Doorman:
         self.any_origin = "*" in settings.origins or bool(self.tokens and not settings.origins)
         self.cors_unseen = "Access-Control-Allow-Origin: *\r\n" if self.any_origin else ""
         self.origins = tuple(re.compile(re.escape(word).replace(r"\*", "[^/]*"), re.I) for word in settings.origins)
+        for judge in "check_place", "admit", "cors":  # the same head is judged the same way each time
+            setattr(self, judge, once(getattr(self, judge)))
 
     def allows_origin(self, origin):
         return (self.any_origin or bool(APP_ORIGINS.fullmatch(origin))
@@ -1212,7 +1216,12 @@ def json_line(keys, values):
     '{"a": "\\\\"", "b": null, "c": 1.5}'
     """
     values = [quoted(value) if type(value) is str else "null" if value is None else value for value in values]
-    return "{%s}" % ", ".join([f'"{key}": {value}' for key, value in zip(keys, values)])
+    return json_form(tuple(keys)) % tuple(values)
+
+
+@lru_cache(maxsize=8)
+def json_form(keys):
+    return "{%s}" % ", ".join(f'"{key}": %s' for key in keys)
 
 
 def text_line(keys, values):
@@ -1592,7 +1601,10 @@ class Upload:
 
     def whole(self, limit):
         """Return the body as bytes; raises Refused (413) beyond the limit."""
-        pieces = []
+        pieces, size, ahead = [], self.decoder.size, self._client.ahead
+        if 0 <= size <= min(limit, len(ahead)):  # nearly always
+            self._client.ahead, self.received, self.decoder.done = ahead[size:], size, True
+            return ahead[:size]
         while self.decoder.size <= limit >= self.received:
             piece = yield from self.more()
             if not piece:
@@ -1906,18 +1918,19 @@ class Task:
         self._carrier.current = self
         self.ticket += 1
         try:
-            deadline, *watched = go(value)
+            deadline, *wait = go(value)
         except StopIteration:
             return self._end()
         except BaseException:
             self._end()
             raise
         self.deadline = FOR_EVER if deadline is None else deadline
-        wires = watched[::2]
-        self._let_go(wires)
+        wires, events = wait[::2], wait[1::2]
+        if self._wires:
+            self._let_go(wires)
         self._wires = wires
-        for wire, events in zip(wires, watched[1::2]):
-            wire.watch(events, self._ready)
+        for wire, event in zip(wires, events):
+            wire.watch(event, self._ready)
         if self.client and self.client not in wires:
             self.client.watch(self.client.heard, self._hear_client)
         self._carrier.held.add(self)
