@@ -1934,14 +1934,16 @@ def test_out_of_descriptors_it_pauses_instead_of_spinning(upstream):
 
 
 @contextlib.contextmanager
-def running_process(upstream, stderr=subprocess.DEVNULL, preexec_fn=None, cwd=None, port="0", arguments=(), **environ):
+def running_process(upstream, stderr=subprocess.DEVNULL, preexec_fn=None, cwd=None, port="0", arguments=(), before="", **environ):
     """Yield (process, ask) of a proxy that serves; `process.port` is its port."""
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
     base = {"PATH": os.environ["PATH"], "OLLAMA_API_KEY": "sk-upstream-key", "PROXY_PORT": str(port), "PYTHONDONTWRITEBYTECODE": "1"}
     if upstream:
         base["PROXY_UPSTREAMS"] = f"cloud=http://127.0.0.1:{upstream.port}"
-    process = subprocess.Popen([sys.executable, str(HERE / "ollama_proxy.py"), *arguments], env={**base, **environ}, stderr=stderr,
+    path = str(HERE / "ollama_proxy.py")
+    program = ["-c", f"{before}; import runpy, sys; sys.argv = ['x']; runpy.run_path({path!r}, run_name='__main__')"] if before else [path]
+    process = subprocess.Popen([sys.executable, *program, *arguments], env={**base, **environ}, stderr=stderr,
                                stdout=subprocess.DEVNULL, preexec_fn=preexec_fn, cwd=cwd or "/")
     process.port = port
 
@@ -1989,6 +1991,19 @@ def test_a_signal_stops_listening_lets_streams_end_and_exits_0(upstream, number)
         upstream.go_on.set()
         assert response.read() == b"last\n"
         assert process.wait(WAIT) == 0
+
+
+def test_it_works_where_there_is_neither_epoll_nor_pollrdhup(upstream):
+    with running_process(upstream, before="import select; del select.epoll, select.POLLRDHUP") as (process, ask):
+        response = held_stream(upstream, ask)
+        upstream.go_on.set()
+        assert response.read() == b"last\n"
+        upstream.play = upstream.wait_left
+        sock = socket.create_connection(("127.0.0.1", process.port))
+        sock.sendall(b"GET /api/tags HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        until(lambda: len(upstream.calls) == 2)
+        sock.close()
+        assert upstream.left.wait(WAIT)
 
 
 def refuses(port):
