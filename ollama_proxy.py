@@ -1400,7 +1400,8 @@ class Wire:
         if end > HEAD_LIMIT or end < 0 and len(data) > HEAD_LIMIT:
             raise Malformed("the headers are longer than 64 KiB", 431)
         if end < 0:
-            if data[-1:] == b"\n" and data[-2:] != CRLF:  # one within the head is found when that is parsed
+            first = data.find(b"\n")  # of the others, one at the end; what lies between is found when it is parsed
+            if first >= 0 and data[first - 1:first] != b"\r" or data[-1:] == b"\n" and data[-2:] != CRLF:
                 raise Malformed("a line ends in LF without CR")
             return None
         self.ahead = data[end + 4:]
@@ -2094,12 +2095,14 @@ class Client(Wire):
         return self.has_left()
 
     def park(self, patience):
-        """Wait for its next request, unless the proxy is about to stop."""
-        if self._server.draining and not self.says:
-            return self.close()
-        self.listen(patience)
+        """Wait for its next request, unless that is there already, or the proxy is about to stop."""
         if self.says:
+            self.watch(0, self.wake)  # no more is read ahead of it
             self.carrier.soon(self._meet)
+        elif self._server.draining:
+            self.close()
+        else:
+            self.listen(patience)
 
     def listen(self, patience):
         """Wait for a request, for so many seconds."""

@@ -1306,6 +1306,11 @@ def test_the_head_of_an_answer_does_not_wait_for_its_body(server, upstream):
     assert sock.recv(65536) == b"0\r\n\r\n"
 
 
+def test_an_answers_head_with_bare_line_feeds_is_a_502_at_once(server, upstream):
+    upstream.play = lambda call: (call.send(b"HTTP/1.1 200 OK\nContent-Length: 2\n\nhi"), upstream.go_on.wait(WAIT))
+    assert server.get("GET", "/api/tags")[0] == 502 and not upstream.go_on.is_set()
+
+
 def test_a_garbled_answer_is_cut_at_once_and_what_came_before_arrives(server, upstream):
     upstream.play = lambda call: (call.send(STREAM + b"4\r\nhalf\r\nXX\r\n"), upstream.go_on.wait(WAIT))
     data = drain(server.ask("POST", "/api/chat", CHAT))
@@ -1419,6 +1424,19 @@ def test_thousands_of_pipelined_requests_are_answered(server):
     data = b""
     while data.count(b'{"status": "ok"}') < 2000:
         data += sock.recv(65536)
+
+
+def test_no_more_is_read_ahead_of_a_client_that_pipelines_than_fits(server):
+    sock = server.connect()
+    sock.setblocking(False)
+    most, sent, request = 0, 0, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000
+    while sent < 2_000_000:
+        with contextlib.suppress(BlockingIOError):
+            sent += sock.send(request)
+        with contextlib.suppress(BlockingIOError):
+            sock.recv(1000)
+        most = max([most, *(len(client.ahead) for client in [*server.server.clients])])
+    assert 0 < most <= proxy.Client.AHEAD + 2 * proxy.PIECE
 
 
 def test_pipelined_requests_are_answered_in_order(server, upstream):
