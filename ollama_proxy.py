@@ -449,14 +449,13 @@ class Sources:
         known = {name for setting in SETTINGS for name in (setting.name,) + setting.aliases}
         known |= {address.key_name for address in settings.upstreams}
         known |= {name + "_FILE" for name in known}
-        strange = sorted({name for source in self.maps for name in source if name.startswith("PROXY_")} - known)
-        if not strange:
-            return []
-        from difflib import get_close_matches  # rarely needed, and slow to load
+        found = []
+        for name in sorted({name for source in self.maps for name in source if name.startswith("PROXY_")} - known):
+            from difflib import get_close_matches  # rarely needed, and slow to load
 
-        return [f"{name} is not a setting; the nearest is {get_close_matches(name, known, 1, 0)[0]}"
-                if not name.startswith("PROXY_KEY_") else f"{name} is of no use: no upstream has that name"
-                for name in strange]
+            found.append(f"{name} is of no use: no upstream has that name" if name.startswith("PROXY_KEY_") else
+                         f"{name} is not a setting; the nearest is {get_close_matches(name, known, 1, 0)[0]}")
+        return found
 
     def _read(self, path, name):
         try:
@@ -1249,7 +1248,7 @@ class Log:
     GATHER = 0.02  # seconds that lines wait for company: one write for many
 
     def __init__(self, path="", form="auto"):
-        self._lines, self._lost, self._busy = queue.SimpleQueue(), 0, False
+        self._lines, self._lost = queue.SimpleQueue(), 0
         self.reopen(path, form)
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
@@ -1276,9 +1275,9 @@ class Log:
 
     def close(self, patience=1.0):
         """Wait until what was logged is written, but not for ever."""
-        deadline = time.monotonic() + patience
-        while (self._busy or not self._lines.empty()) and time.monotonic() < deadline:
-            time.sleep(0.005)
+        written = threading.Event()
+        self._lines.put(written)
+        written.wait(patience)
 
     def _event(self, level, event, words):
         return self._line(("time", "level", "event", "words"), (timestamp(time.time()), level, event, words)) + "\n"
@@ -1291,11 +1290,11 @@ class Log:
 
     def _run(self):
         while True:
-            lines = [self._lines.get()]
-            self._busy = True
+            taken = [self._lines.get()]
             time.sleep(self.GATHER)
-            while len(lines) < 1000 and not self._lines.empty():
-                lines.append(self._lines.get())
+            while len(taken) < 1000 and not self._lines.empty():
+                taken.append(self._lines.get())
+            lines = [line for line in taken if type(line) is str]
             if self._lost:
                 lost, self._lost = self._lost, 0
                 lines.append(self._event("warning", "log", f"{lost} lines were lost: the log was written too slowly"))
@@ -1303,7 +1302,9 @@ class Log:
                 self._write("".join(lines).encode("utf-8", "backslashreplace"))
             except (OSError, ValueError):  # a broken pipe, a full disk: later lines may fare better
                 self._lost += len(lines)
-            self._busy = False
+            for written in taken:
+                if type(written) is not str:
+                    written.set()
 
     def _write(self, data):
         while data:
@@ -2711,7 +2712,6 @@ class Server(ThreadingHTTPServer):
 class Echo(BaseHTTPRequestHandler):
     """The demo's upstream: a model that says the prompt back, word by word, in three dialects."""
 
-    protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     MODEL = {"model": "echo"}
     LISTED = {**MODEL, "name": "echo", "modified_at": "2026-01-01T00:00:00Z", "size": 0, "digest": "", "details": {
@@ -2724,7 +2724,8 @@ class Echo(BaseHTTPRequestHandler):
         """The proxy in front keeps the log."""
 
     def do_GET(self):
-        self.send(200 if self.path in self.PAGES else 404, self.PAGES.get(self.path, {"error": "no such page"}))
+        page = self.PAGES.get(self.path, {"error": "there is no such page"})
+        self.send(200 if self.path in self.PAGES else 404, [json.dumps(page)])
 
     do_HEAD = do_GET
 
@@ -2734,16 +2735,16 @@ class Echo(BaseHTTPRequestHandler):
             said = asked["messages"][-1]["content"] if "messages" in asked else asked.get("prompt", "")
             said = said if isinstance(said, str) else " ".join(part.get("text", "") for part in said)
         except (ValueError, AttributeError, LookupError, TypeError):
-            return self.send(400, {"error": "expected a JSON object with a prompt or messages"})
+            return self.send(400, ['{"error": "expected a JSON object with a prompt or messages"}'])
         dialect = {"/api/chat": self.native, "/api/generate": self.native, "/v1/chat/completions": self.openai,
                    "/v1/messages": self.anthropic}.get(self.path)
         if not dialect:
             return self.do_GET()
         whole, events = dialect(said, re.findall(r"\S*\s*", said)[:-1])
         if asked.get("stream", dialect == self.native):
-            self.stream(events)
+            self.send(200, events, "application/x-ndjson" if dialect == self.native else "text/event-stream", 0.05)
         else:
-            self.send(200, whole)
+            self.send(200, [json.dumps(whole)])
 
     def native(self, said, words):
         def piece(text, **more):
@@ -2779,23 +2780,13 @@ class Echo(BaseHTTPRequestHandler):
                    {"type": "message_stop"}]
         return whole, [f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in events]
 
-    def send(self, status, value):
-        data = json.dumps(value).encode()
+    def send(self, status, pieces, kind="application/json", pause=0.0):
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Type", kind)
         self.end_headers()
-        self.wfile.write(data if self.command != "HEAD" else b"")
-
-    def stream(self, events):
-        self.send_response(200)
-        self.send_header("Content-Type", "application/x-ndjson" if events[0][0] == "{" else "text/event-stream")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        for event in events:
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(event.encode()), event.encode()))
-            time.sleep(0.05)
-        self.wfile.write(b"0\r\n\r\n")
+        for piece in pieces if self.command != "HEAD" else ():
+            self.wfile.write(piece.encode())
+            time.sleep(pause)
 
 
 def start(settings):
@@ -2838,14 +2829,12 @@ def raise_file_limit(clients):
         import resource  # not on every system
     except ImportError:
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * clients + 64
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-        except (OSError, ValueError):  # a system with another limit yet: accepting will say so if it matters
-            return
+    (soft, hard), wanted = resource.getrlimit(resource.RLIMIT_NOFILE), 2 * clients + 64
+    try:
+        if 0 <= soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
+    except (OSError, ValueError):  # a system with another limit yet: accepting will say so if it matters
+        return
 
 
 def run(server, signals, environ):
@@ -2973,9 +2962,9 @@ def probe(upstream):
         print(f"  the key is refused ({status})" if upstream.key else f"  it wants a key ({status}): set "
               f"{'OLLAMA_API_KEY' if upstream.address.is_cloud else upstream.address.key_name}")
         return False
-    verdict = "key accepted" if upstream.key and status < 300 else "no key set, none needed" if status < 300 else (
-        "whether the key is good remains open" if upstream.key else "no key set")
-    print(f"  {verdict} (GET {path}: {status})")
+    sure, unsure = (("key accepted", "whether the key is good remains open") if upstream.key else
+                   ("no key set, none needed", "no key set"))
+    print(f"  {sure if status < 300 else unsure} (GET {path}: {status})")
     return status < 500
 
 
