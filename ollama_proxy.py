@@ -849,11 +849,11 @@ class Decoder:
             self._end(self._line + data)
             return 0, b""
         else:
-            before, data = 2 if self._line[:2] == CRLF else 0, self._line + data  # of a size line, its CRLF has gone
+            came, data = data, self._line + data
             size = KNOWN_LINES.get(data[:self._width])
-            if size and len(data) == self._width + size + 2 and data[-2:] == CRLF and not take:
-                self._line = CRLF  # nearly always: what has come is one whole chunk
-                return size, data[before:]
+            if size and len(data) == self._width + size + 2 and data[-2:] == CRLF and self._line == CRLF and not take:
+                return size, came  # nearly always: what has come is one whole chunk
+            before = 2 if self._line[:2] == CRLF else 0  # of an unfinished size line, the CRLF has gone already
         while at <= len(data):
             last, line = line, data[at:at + self._width]
             size = KNOWN_LINES.get(line)
@@ -2019,20 +2019,20 @@ class Carrier:
 
     def run(self):
         """Carry, until close()."""
+        poll, wires, inbox = self.poll.poll, self.wires, self._inbox
         while not self._closed:
-            ready = self.poll.poll(0 if self._inbox else self.TICK, self.AT_ONCE)
-            self.now = time.monotonic()
-            for wire, events in [(self.wires[fd], events) for fd, events in ready]:
+            ready = poll(0 if inbox else self.TICK, self.AT_ONCE)
+            self.now = now = time.monotonic()
+            for wire, events in [(wires[fd], events) for fd, events in ready]:
                 act = wire.act
                 try:
                     if act:  # else it was closed earlier in this round
                         act(wire, events)
                 except Exception as bug:
                     self._drop(act, bug)
-            for _ in range(len(self._inbox)):
-                act, arguments = self._inbox.popleft()
+            for act, arguments in [inbox.popleft() for _ in range(len(inbox))] if inbox else ():
                 self._guard(act, *arguments)
-            if self.now >= self._next_look:
+            if now >= self._next_look:
                 self._look()
 
     def _look(self):
@@ -2225,7 +2225,7 @@ class Exchange:
         except OSError:  # a reset; or TLS without a goodbye, which may be a cut
             self.outcome = UpstreamLost.outcome
         else:
-            self._take(bytes(buffer[:size]))
+            self._take(buffer[:size].tobytes())
         self._flush()
 
     def _take(self, data):
