@@ -373,7 +373,7 @@ def test_many_chunks_at_once_are_the_same_as_one_by_one(filler, alike):
 
 
 @pytest.mark.parametrize("wire", [b"0x5\r\nhello\r\n", b"+5\r\nhello\r\n", b"-5\r\n", b" 5\r\n", b"5 \r\nhello\r\n", b"0_5\r\nhello\r\n", b"\r\n",
-                                  b"5\r\nhelloX\r\n0\r\n\r\n", b"5\nhello\n0\n\n", b"5\r\nhello\n0\r\n\r\n", b"f" * 16 + b"\r\n", b"5;\x00\r\n",
+                                  b"5\r\nhelloX\r\n0\r\n\r\n", b"5\r\nhelloXX", b"5\nhello\n0\n\n", b"5\r\nhello\n0\r\n\r\n", b"f" * 16 + b"\r\n", b"5;\x00\r\n",
                                   b"0\r\nbad trailer\r\n\r\n", b"0\r\n" + b"a: b\r\n" * 2000, b"5" + b";" * 5000, b"z"])
 def test_a_bad_chunk_is_refused_however_it_arrives(wire):
     for step in 1, 3, len(wire):
@@ -381,6 +381,13 @@ def test_a_bad_chunk_is_refused_however_it_arrives(wire):
         with pytest.raises(proxy.Malformed):
             for at in range(0, len(wire), step):
                 decoder.feed(wire[at:at + step])
+        follower = proxy.Decoder(proxy.CHUNKED)
+        follower.follow(b"5\r\nhello\r\n")
+        with pytest.raises(proxy.Malformed):
+            for at in range(0, len(wire), step):
+                follower.follow(wire[at:at + step])
+                if follower.error:
+                    raise follower.error
 
 
 @pytest.mark.parametrize("extension", [b";.*", b";(", b";a*", b";x=[", b""])
