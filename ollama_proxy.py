@@ -65,7 +65,7 @@ import time
 import urllib.request
 from collections import deque, namedtuple
 from email.utils import formatdate
-from functools import lru_cache
+from functools import lru_cache, wraps
 from http.client import responses as REASONS
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from json.encoder import encode_basestring_ascii as quoted
@@ -503,6 +503,14 @@ CRLF = b"\r\n"
 CHUNKED, UNTIL_CLOSE = -1, -2  # sizes of a body that does not say how long it is
 
 
+def remembered(longest, most):
+    """Have a parser remember what it made of short texts: clients and upstreams say the same again and again."""
+    def of(parse):
+        known = lru_cache(maxsize=most)(parse)
+        return wraps(parse)(lambda text, *more: (known if len(text) <= longest else parse)(text, *more))
+    return of
+
+
 class Head:
     """A message's head: its start line, and its fields as they came, in order and with repeats.
 
@@ -568,6 +576,7 @@ def field_of(line):
     return name.lower(), value, f"{name}: {value}\r\n"
 
 
+@remembered(2048, 256)
 def parse_request(block):
     """Parse a request's head, its lines with their CRLFs and without the empty one.
 
@@ -594,10 +603,7 @@ def parse_request(block):
     return head
 
 
-SHORT = 2048  # bytes of a head that is worth remembering: clients and upstreams say the same again and again
-short_request = lru_cache(maxsize=256)(parse_request)
-
-
+@remembered(2048, 256)
 def parse_answer(block):
     """Parse an answer's head; raises Malformed.
 
@@ -612,9 +618,6 @@ def parse_answer(block):
     head = Head(lines, int(match[1]))
     head.status, head.reason = int(match[2]), match[3] or ""
     return head
-
-
-short_answer = lru_cache(maxsize=256)(parse_answer)
 
 
 def answer_size(head, method):
@@ -640,6 +643,7 @@ NOT_SENT_DOWN = HOP_BY_HOP | frozenset(
 
 def once(make):
     """Have a function remember what it made of a head in that head's `made`, and so not for longer than the head."""
+    @wraps(make)
     def made(head, argument=None):
         key = make, argument
         try:
@@ -692,6 +696,7 @@ class Target(namedtuple("Target", "path query token shown")):
         return self.path in ("", "/") or self.path.startswith("/-/")
 
 
+@remembered(299, 1024)
 def parse_target(target, prefix=""):
     """Repair what clients make of a base URL; percent-escapes and the query stay as they came.
 
@@ -712,9 +717,6 @@ def parse_target(target, prefix=""):
     if DOT_SEGMENT.search(decoded.decode("latin-1")):
         raise Refused("a path here has no . or .. segments")
     return Target(repair(path), mark + query, token, shown)
-
-
-short_target = lru_cache(maxsize=1024)(parse_target)  # for those of usual length: what is kept is bounded
 
 
 def strip_mounts(path, prefix):
@@ -825,7 +827,7 @@ class Decoder:
             self.follow(data, pieces.append)
             if self.error:
                 raise self.error
-            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            return b"".join(pieces)
         if self.size == UNTIL_CLOSE:
             return data
         payload = data[:self._left]
@@ -838,7 +840,7 @@ class Decoder:
         """Follow chunks without decoding them, but for what `take` is to have of their payload.
 
         Returns (how much payload is among these bytes, the bytes to pass on: no trailer, and no size line before it
-        is whole). What is malformed is no longer among them; it stands in `error`.
+        is whole). Malformed chunks are no longer among them, but stand in `error`; a malformed trailer is raised.
         """
         at, before, line = self._left, 0, b""
         whole = min(at, len(data))
@@ -1161,10 +1163,10 @@ def is_trusted(address, trusted):
 class Record:
     """What one request cost; its public attributes are the keys of its log line, in order."""
 
-    KEYS = ("time id caller client method path model upstream status first_byte_ms total_ms bytes_in bytes_out "
-            "tokens_in tokens_out outcome").split()
+    KEYS = tuple("time id caller client method path model upstream status first_byte_ms total_ms bytes_in bytes_out "
+                 "tokens_in tokens_out outcome".split())
     VALUES = attrgetter(*KEYS)
-    __slots__ = KEYS + ["started"]
+    __slots__ = KEYS + ("started",)
 
     def __init__(self, client):
         self.started = time.monotonic()
@@ -1215,7 +1217,7 @@ def json_line(keys, values):
     '{"a": "\\\\"", "b": null, "c": 1.5}'
     """
     values = [quoted(value) if type(value) is str else "null" if value is None else value for value in values]
-    return json_form(tuple(keys)) % tuple(values)
+    return json_form(keys) % tuple(values)
 
 
 @lru_cache(maxsize=8)
@@ -1610,7 +1612,7 @@ class Upload:
         while self.decoder.size <= limit >= self.received:
             piece = yield from self.more()
             if not piece:
-                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+                return b"".join(pieces)
             pieces.append(piece)
         raise Refused(f"the body is larger than PROXY_MAX_BODY, {limit} bytes", 413)
 
@@ -1683,10 +1685,10 @@ class Pool:
     def take(self):
         """A wire that is still open and silent, or None."""
         while self._wires:
-            wire = self._wires[-1]
-            self._hear(wire)
-            if self._wires and self._wires[-1] is wire:
-                return self._wires.pop()
+            wire = self._wires.pop()
+            if self._is_silent(wire):
+                return wire
+            wire.close()
         return None
 
     def put(self, wire):
@@ -1696,15 +1698,18 @@ class Pool:
         if self._closed:
             self.prune(0)
 
-    def _hear(self, wire, _=READ):
+    def _hear(self, wire, _):
         """Let go of a wire that has closed, or says what nobody asked for, unless that is but TLS's housekeeping."""
-        try:
-            silent = not wire.look()
-        except OSError:  # a reset is an end as good as any
-            silent = False
-        if not silent:
+        if not self._is_silent(wire):
             self._wires.remove(wire)
             wire.close()
+
+    @staticmethod
+    def _is_silent(wire):
+        try:
+            return not wire.look()
+        except OSError:  # a reset is an end as good as any
+            return False
 
     def prune(self, idle=IDLE):
         """Close the wires that nobody has used for so many seconds."""
@@ -1875,7 +1880,7 @@ class Upstream(urllib.request.BaseHandler):
             try:
                 block = yield from next_head(wire, self._deadline())
                 ask.heard = True
-                head = parse_answer(block) if len(block) > SHORT else short_answer(block)
+                head = parse_answer(block)
                 size, status = answer_size(head, ask.method), head.status
             except Malformed as error:
                 raise UpstreamLost(f"upstream {self.name} gave an answer that is not HTTP: {error}") from None
@@ -2353,7 +2358,8 @@ class Handler:
 
     def __init__(self, client, address, server):
         self.client, self.server, self.record = client, server, Record(address)
-        self.settings, self.doorman, self.upstream = server.rules
+        # What this request goes by from its start to its end, whatever is read again meanwhile.
+        self.settings, self.doorman, self.upstream = server.settings, server.doorman, server.upstream
         self.head, self.target, self.upload, self.cors = None, None, None, self.doorman.cors_unseen
         server.carrier.start(self.answer(), client)
 
@@ -2385,7 +2391,7 @@ class Handler:
             raise Refused("the head of the request took too long", 408) from None
         except (OSError, EOFError) as error:
             raise ClientLeft("the client left before its request was whole") from error
-        head = self.head = parse_request(block) if len(block) > SHORT else short_request(block)
+        head = self.head = parse_request(block)
         record.method = head.method
         given = head.get("x-request-id")
         if given and REQUEST_ID.fullmatch(given):
@@ -2399,17 +2405,13 @@ class Handler:
         self.upload = Upload(client, head.size, bool(expected and head.version), settings.client_timeout)
         if expected not in ("", "100-continue"):
             raise Refused("the only expectation met here is 100-continue", 417)
-        parse = short_target if len(head.target) < 300 else parse_target
-        self.target = parse(head.target if head.target != "*" else "/", settings.prefix)
+        self.target = parse_target(head.target if head.target != "*" else "/", settings.prefix)
         record.path = self.target.shown[:500]
         if settings.trusted:
             record.client = client_address(client.address, head.joined("x-forwarded-for"), settings.trusted)
 
     def own_page(self):
-        """Let the doorman look, and answer what the proxy answers itself: (status, body, header lines), else None.
-
-        A page that must wait for something is a generator of these.
-        """
+        """Let the doorman look; return (status, body, header lines) of an own page, or a generator of it, else None."""
         head, target = self.head, self.target
         self.doorman.check_place(head)
         if head.method == "OPTIONS":
@@ -2571,7 +2573,7 @@ class Server(ThreadingHTTPServer):
     client = None  # what a carrier holds has one
 
     def __init__(self, settings, log):
-        self.settings, self.log, self.carrier = settings, log, Carrier(log)
+        self.log, self.carrier, self.upstream = log, Carrier(log), None
         self.draining, self.deadline = False, 0.0
         self.clients, self.lingering = set(), set()
         self.name = "ollama_proxy-" + os.urandom(4).hex()  # by which it knows its own requests
@@ -2580,7 +2582,6 @@ class Server(ThreadingHTTPServer):
             self.address_family = socket.AF_INET6
         super().__init__((settings.host, settings.port), Handler)
         self._door = Wire(self.socket, self.carrier)
-        self.upstream = None
         self.adopt(settings)
 
     @property
@@ -2594,8 +2595,7 @@ class Server(ThreadingHTTPServer):
     def adopt(self, settings):
         """Obey settings from the next request on."""
         old, upstream = self.upstream, Upstream(settings.upstreams[0], settings, self.carrier)
-        self.rules = settings, Doorman(settings), upstream  # what one request goes by from its start to its end
-        self.settings, self.upstream = settings, upstream
+        self.settings, self.doorman, self.upstream = settings, Doorman(settings), upstream
         if old:
             old.pool.close()
 
@@ -2648,7 +2648,7 @@ class Server(ThreadingHTTPServer):
         self.complain("limit", f"over {self.settings.max_connections} clients (PROXY_MAX_CONNECTIONS): some get 503")
         body = error_body("", 503, "too many clients are connected to the proxy", None)
         client.send(head_bytes("HTTP/1.1 503 Service Unavailable\r\n", (
-            f"{self.rules[1].cors_unseen}{JSON_TYPE}Retry-After: 1\r\nConnection: close\r\n"
+            f"{self.doorman.cors_unseen}{JSON_TYPE}Retry-After: 1\r\nConnection: close\r\n"
             f"X-Request-Id: {Record(address).id}\r\nContent-Length: {len(body)}\r\n")) + body)
         client.linger()
 
@@ -2881,13 +2881,12 @@ def serve(environ):
     signals = catch_signals()
     settings, warnings = Settings.load(environ)
     server = start(settings)
-    log = server.log
     for words in warnings:
-        log.event("warning", "settings", words)
+        server.log.event("warning", "settings", words)
     who = "whoever reaches it" if settings.auth_token == OFF else (
         "whoever has a token" if settings.auth_token else "this machine only, without a token")
-    log.event("info", "start", f"ollama_proxy {__version__} listens on {server.url} for {who}, "
-              f"and asks {', '.join(f'{a.name} ({a})' for a in settings.upstreams)}")
+    server.log.event("info", "start", f"ollama_proxy {__version__} listens on {server.url} for {who}, "
+                     f"and asks {', '.join(f'{a.name} ({a})' for a in settings.upstreams)}")
     return run(server, signals, environ)
 
 
@@ -2900,8 +2899,7 @@ def demo(environ):
     kept = {name: environ[name] for name in ("PROXY_LOG", "PROXY_LOG_FORMAT") if name in environ}
     environ = {"PROXY_UPSTREAMS": f"demo=http://127.0.0.1:{echo.server_port}", "PROXY_ENV_FILE": os.devnull,
                "PROXY_PORT": environ.get("PROXY_PORT") or "0", **kept}
-    settings, _ = Settings.load(environ)
-    server = start(settings)
+    server = start(Settings.load(environ)[0])
     said = {"model": "echo", "messages": [{"role": "user", "content": "Every word comes the moment it is said."}]}
     print(f"A model that echoes, behind the real proxy at {server.url}, streams:\n\n    ", end="", flush=True)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
