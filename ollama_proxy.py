@@ -843,19 +843,18 @@ class Decoder:
         is whole). Malformed chunks are no longer among them, but stand in `error`; a malformed trailer is raised.
         """
         at, before, line = self._left, 0, b""
-        whole = min(at, len(data))
-        if at:
-            if take:
-                take(data[:at])
-        elif self._trailer:
+        if self._trailer:
             self._end(self._line + data)
             return 0, b""
-        else:
+        if not at:
             came, data = data, self._line + data
             size = KNOWN_LINES.get(data[:self._width])
             if size and len(data) == self._width + size + 2 and data[-2:] == CRLF and self._line == CRLF and not take:
                 return size, came  # nearly always: what has come is one whole chunk
             before = 2 if self._line[:2] == CRLF else 0  # of an unfinished size line, the CRLF has gone already
+        elif take:
+            take(data[:at])
+        whole = min(at, len(data))
         while at <= len(data):
             last, line = line, data[at:at + self._width]
             size = KNOWN_LINES.get(line)
@@ -1324,7 +1323,7 @@ class Log:
 # the carrier resumes it with the wire that is ready. A deadline is in monotonic
 # seconds, None is never; when it passes, a TimeoutError comes out of the yield.
 
-PIECE = 64 * 1024
+PIECE, SMALL = 64 * 1024, 4096  # bytes that are read at once, and where less came the last time
 READ, WRITE = (select.EPOLLIN, select.EPOLLOUT) if hasattr(select, "epoll") else (
     selectors.EVENT_READ, selectors.EVENT_WRITE)
 FOR_EVER = float("inf")
@@ -1337,11 +1336,11 @@ NOT_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 class Wire:
     """One connection. `ahead` is what has been read from it and not been used; `act` is called when it is ready."""
 
-    __slots__ = ("sock", "ahead", "used", "act", "carrier", "_fd", "_events")
+    __slots__ = ("sock", "ahead", "used", "act", "carrier", "_fd", "_events", "_room")
 
     def __init__(self, sock, carrier):
         self.sock, self.carrier, self.ahead, self.used = sock, carrier, b"", 0.0
-        self.act, self._fd, self._events = None, sock.fileno(), 0
+        self.act, self._fd, self._events, self._room = None, sock.fileno(), 0, SMALL
         sock.setblocking(False)
         if sock.family != getattr(socket, "AF_UNIX", None):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -1366,9 +1365,11 @@ class Wire:
     def receive(self):
         """Return what has come, b"" at the end of it, None if nothing has; raises OSError."""
         try:
-            return self.sock.recv(PIECE)
+            data = self.sock.recv(self._room)
         except NOT_YET:
             return None
+        self._room = SMALL if len(data) < SMALL else PIECE  # a small piece cut from a large one would spoil the heap
+        return data
 
     def send(self, data):
         """Send what the socket takes now, and return how much that was; raises OSError."""
@@ -1985,7 +1986,6 @@ class Carrier:
     def __init__(self, log):
         self.log, self.current = log, None
         self.poll, self.wires = getattr(select, "epoll", Poll)(), {}  # by file descriptor
-        self.buffer = memoryview(bytearray(PIECE))
         self.now = self._next_look = time.monotonic()
         self._inbox, self._closed = deque(), False
         self.held = set()  # tasks, exchanges, clients: whatever has a deadline
@@ -2187,11 +2187,11 @@ class Exchange:
     body has ended, one way or the other. An answer of the proxy's own has no upstream: it is all `out`.
     """
 
-    TAIL, PIECES = 2048, 4  # bytes and pieces of the body that are kept to find its token counts in
+    TAIL = 1024  # bytes of the body that are kept at the least, to find its token counts in
     FRAMING = re.compile(rb"\r\n[0-9A-Fa-f]+\r\n")
 
     __slots__ = ("client", "wire", "record", "out", "bytes_out", "chunked", "keep", "outcome", "deadline", "_answer",
-                 "_decoder", "_pool", "_blocked", "_tail", "_silence", "_stall", "_mask", "_plain", "_carrier")
+                 "_decoder", "_pool", "_blocked", "_tail", "_before", "_silence", "_stall", "_mask", "_plain", "_carrier")
 
     def __init__(self, client, settings, keep):
         self.client, self.keep = client, keep  # whether the client's wire goes on after a whole answer
@@ -2209,7 +2209,7 @@ class Exchange:
         """Send the client the head of an upstream's answer, and its body as it comes."""
         self.out, self._answer, self.record, self.chunked = head, answer, record, chunked
         self.wire, self._decoder, self._pool = answer.wire, answer.decoder, upstream.pool
-        self._tail = deque((b"",), self.PIECES)
+        self._tail = self._before = b""
         if upstream.mask and answer.head.status >= 300:
             self._mask = Mask(upstream.mask.encode())
         self._plain = chunked and self._decoder.size == CHUNKED and not self._mask
@@ -2222,16 +2222,14 @@ class Exchange:
         self._flush()
 
     def _from_upstream(self, wire, _):
-        buffer = self._carrier.buffer  # recv() would cut each small piece from a large one, and spoil the heap
         try:
-            size = wire.sock.recv_into(buffer)
-        except NOT_YET:
-            return
+            data = wire.receive()
         except OSError:  # a reset; or TLS without a goodbye, which may be a cut
             self.outcome = UpstreamLost.outcome
-        else:
-            self._take(buffer[:size].tobytes())
-        self._flush()
+            return self._flush()
+        if data is not None:
+            self._take(data)
+            self._flush()
 
     def _take(self, data):
         """Take bytes from the upstream; b"" is its end."""
@@ -2250,10 +2248,10 @@ class Exchange:
         if decoder.error:
             self.outcome = UpstreamLost.outcome
         self.bytes_out += size
-        tail = out if size < self.TAIL else out[-self.TAIL:]
-        if size < 64 and len(self._tail[-1]) < self.TAIL:
-            tail = self._tail.pop() + tail
-        self._tail.append(tail)
+        if len(self._tail) < self.TAIL:
+            self._tail += out[-self.TAIL:]
+        else:
+            self._before, self._tail = self._tail, out[-self.TAIL:]
         if self.chunked and not self._plain:
             out = as_chunk(out) if out else b""
         self.out = self.out + out if self.out else out
@@ -2335,7 +2333,7 @@ class Exchange:
             client.linger()
 
     def _account(self):
-        record, tail = self.record, b"".join(self._tail)
+        record, tail = self.record, self._before + self._tail
         tail = self.FRAMING.sub(b"", tail) if self._plain else tail
         if record.outcome == "ok" and (record.status >= 400 or ends_in_error(tail)):
             record.outcome = "error"
