@@ -9,6 +9,7 @@ import contextlib
 import doctest
 import email.message
 import gzip
+import hmac
 import http.client
 import json
 import os
@@ -450,6 +451,14 @@ def test_a_credential_may_come_in_any_of_these_headers(line):
 def test_anything_else_is_nobody(line):
     head = proxy.parse_request(f"GET / HTTP/1.0\r\n{line}\r\n".encode("latin-1"))
     assert proxy.caller_name((("ann", b"tok"),), proxy.credentials(head, None)) is None
+
+
+def test_every_token_is_compared_in_constant_time_as_bytes_whichever_is_right(monkeypatch):
+    compared, digest = [], hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((a, b)) or digest(a, b))
+    tokens = ("ann", b"one"), ("bob", b"two")
+    assert proxy.caller_name(tokens, [b"one", b"x"]) == "ann"
+    assert compared == [(b"one", b"one"), (b"two", b"one"), (b"one", b"x"), (b"two", b"x")]
 
 
 def test_forwarded_addresses_are_believed_from_trusted_balancers_only():
@@ -897,6 +906,13 @@ def test_loopback_and_plain_http_upstreams_never_go_through_a_proxy(serve, upstr
     for name in "http_proxy", "https_proxy", "all_proxy":
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     assert serve().get("GET", "/api/tags")[0] == 200
+
+
+def test_a_loopback_https_upstream_never_goes_through_a_proxy(serve, tls_upstream, trusting, monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert serve(PROXY_UPSTREAMS=f"cloud=https://localhost:{tls_upstream.port}").get("GET", "/api/tags")[0] == 200
 
 
 # ---- Upstreams --------------------------------------------------------------
@@ -1958,6 +1974,14 @@ def test_out_of_descriptors_it_pauses_instead_of_spinning(upstream):
         for sock in crowd:
             sock.close()
         until(lambda: ask("GET", "/api/tags").status == 200)
+
+
+def test_the_limit_of_descriptors_is_raised_for_every_client_and_its_upstream(upstream):
+    def few():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    with running_process(upstream, preexec_fn=few, PROXY_MAX_CONNECTIONS="100") as (process, ask):
+        assert ask("GET", "/api/tags").status == 200
+        assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE)[0] == 264
 
 
 @contextlib.contextmanager
