@@ -1323,7 +1323,7 @@ class Log:
 # the carrier resumes it with the wire that is ready. A deadline is in monotonic
 # seconds, None is never; when it passes, a TimeoutError comes out of the yield.
 
-PIECE, SMALL = 64 * 1024, 4096  # bytes that are read at once, and where less came the last time
+PIECE = 64 * 1024
 READ, WRITE = (select.EPOLLIN, select.EPOLLOUT) if hasattr(select, "epoll") else (
     selectors.EVENT_READ, selectors.EVENT_WRITE)
 FOR_EVER = float("inf")
@@ -1336,11 +1336,11 @@ NOT_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 class Wire:
     """One connection. `ahead` is what has been read from it and not been used; `act` is called when it is ready."""
 
-    __slots__ = ("sock", "ahead", "used", "act", "carrier", "_fd", "_events", "_room")
+    __slots__ = ("sock", "ahead", "used", "act", "carrier", "_fd", "_events")
 
     def __init__(self, sock, carrier):
         self.sock, self.carrier, self.ahead, self.used = sock, carrier, b"", 0.0
-        self.act, self._fd, self._events, self._room = None, sock.fileno(), 0, SMALL
+        self.act, self._fd, self._events = None, sock.fileno(), 0
         sock.setblocking(False)
         if sock.family != getattr(socket, "AF_UNIX", None):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -1364,12 +1364,11 @@ class Wire:
 
     def receive(self):
         """Return what has come, b"" at the end of it, None if nothing has; raises OSError."""
+        buffer = self.carrier.buffer  # recv() would cut each small piece from a large one, and spoil the heap
         try:
-            data = self.sock.recv(self._room)
+            return buffer[:self.sock.recv_into(buffer)].tobytes()
         except NOT_YET:
             return None
-        self._room = SMALL if len(data) < SMALL else PIECE  # a small piece cut from a large one would spoil the heap
-        return data
 
     def send(self, data):
         """Send what the socket takes now, and return how much that was; raises OSError."""
@@ -1986,6 +1985,7 @@ class Carrier:
     def __init__(self, log):
         self.log, self.current = log, None
         self.poll, self.wires = getattr(select, "epoll", Poll)(), {}  # by file descriptor
+        self.buffer = memoryview(bytearray(PIECE))
         self.now = self._next_look = time.monotonic()
         self._inbox, self._closed = deque(), False
         self.held = set()  # tasks, exchanges, clients: whatever has a deadline
@@ -2187,7 +2187,7 @@ class Exchange:
     body has ended, one way or the other. An answer of the proxy's own has no upstream: it is all `out`.
     """
 
-    TAIL = 1024  # bytes of the body that are kept at the least, to find its token counts in
+    TAIL = 2048  # bytes of the body that are kept at the least, to find its token counts in
     FRAMING = re.compile(rb"\r\n[0-9A-Fa-f]+\r\n")
 
     __slots__ = ("client", "wire", "record", "out", "bytes_out", "chunked", "keep", "outcome", "deadline", "_answer",

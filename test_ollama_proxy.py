@@ -861,6 +861,25 @@ def test_a_stream_over_tls_comes_piece_by_piece(serve, tls_upstream, trusting):
     streams_piece_by_piece(serve(PROXY_UPSTREAMS=f"cloud=https://localhost:{tls_upstream.port}"), tls_upstream)
 
 
+def test_a_large_piece_over_tls_comes_whole_although_no_more_follows(serve, tls_upstream, trusting):
+    def play(call):
+        call.send(STREAM)
+        call.chunk(b"small")
+        tls_upstream.go_on.wait(WAIT)
+        tls_upstream.go_on.clear()
+        call.chunk(b"large" * 3000)  # one TLS record
+        tls_upstream.go_on.wait(WAIT)
+        call.send(b"0\r\n\r\n")
+    tls_upstream.play = play
+    sock = serve(PROXY_UPSTREAMS=f"cloud=https://localhost:{tls_upstream.port}").ask("POST", "/api/chat", CHAT)
+    for piece in b"small\r\n", b"large\r\n":
+        data = b""
+        while not data.endswith(piece):
+            data += sock.recv(65536)
+        tls_upstream.go_on.set()
+    assert sock.recv(100) == b"0\r\n\r\n"
+
+
 def test_a_tls_answer_without_length_or_goodbye_is_a_cut(serve, tls_upstream, trusting):
     def play(call):
         call.send(b"HTTP/1.1 200 OK\r\n\r\nhalf")
