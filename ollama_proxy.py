@@ -44,7 +44,6 @@ from __future__ import annotations
 
 import _thread
 import base64
-import binascii
 import errno
 import gc
 import ipaddress
@@ -152,11 +151,12 @@ def parser(pattern, expected, convert=str, low=None, high=None):
 
 
 seconds = parser(r"[0-9]{1,6}(\.[0-9]{1,6})?", "seconds, more than 0 and less than a million", float, 0.001)
-seconds_or_zero = parser(r"[0-9]{1,6}(\.[0-9]{1,6})?", "seconds, or 0", float)
+seconds_or_zero = parser(r"[0-9]{1,6}(\.[0-9]{1,6})?", "seconds, less than a million, or 0", float)
 switch = parser(r"(?i)on|true|yes|1|off|false|no|0", "on or off",
                 lambda text: text.lower() in ("on", "true", "yes", "1"))
-mount_path = parser(r"(/[\x21-\x22\x24-\x2e\x30-\x3e\x40-\x7e]+)*/*", "a path such as /api/ollama-proxy",
-                    lambda text: text.rstrip("/"))
+mount_path = parser(r"(/(?!\.\.?(/|$))[\x21-\x22\x24-\x2e\x30-\x3e\x40-\x7e]+)*/*",
+                    "a path such as /api/ollama-proxy", lambda text: text.rstrip("/"))
+prefix = parser(r"(?!/+[t-](/|$)).*", "a path that does not start with /t or /-, which mean something here", mount_path)
 
 
 def size(text):
@@ -183,9 +183,24 @@ def networks(text):
 
 
 def origins(text):
-    if not all(word == "*" or "://" in word for word in words_of(text)):
-        raise ValueError("expected origins such as https://app.example, or *")
-    return words_of(text)
+    words = tuple(word.rstrip("/") for word in words_of(text))
+    if not words or not all(re.fullmatch(r"\*|null|[^/]+://[^/]*", word) for word in words):
+        raise ValueError("expected origins such as https://app.example, https://*.example, null, or *; no paths")
+    return words
+
+
+def listen_host(text):
+    """Parse a name or an address to listen on; what looks like an address must be one."""
+    host = re.sub(r"^\[(.*)\]$", r"\1", text)
+    if not HOST_TEXT.fullmatch(host) or re.fullmatch(r"[0-9.]+|.*:.*", host) and not is_address(host):
+        raise ValueError("expected an address such as 127.0.0.1, 0.0.0.0 or ::1; the port is PROXY_PORT")
+    return host
+
+
+def log_path(text):
+    if not os.path.isdir(os.path.dirname(os.path.abspath(text))):
+        raise ValueError("its folder does not exist")
+    return text
 
 
 def secret(text):
@@ -215,6 +230,13 @@ def tokens(text):
     if len({token for _, token in pairs}) < max(1, len(pairs)):
         raise ValueError("two names have the same token" if pairs else "expected token, or name:token, name:token")
     return tuple(pairs)
+
+
+def is_address(host):
+    try:
+        return bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
 
 
 def is_loopback(host):
@@ -267,7 +289,7 @@ class Address(namedtuple("Address", "name scheme host port mount")):
             raise ValueError("the URL's port is not one")
         if url.scheme == "http" and re.fullmatch(r"(.*\.)?ollama\.com\.?", url.hostname):
             raise ValueError("http://ollama.com would carry the key in clear; write https://ollama.com")
-        name = name or url.hostname.replace(":", "-")
+        name = name or url.hostname.replace(":", "-").strip("-")
         if not NAME_TEXT.fullmatch(name):
             raise ValueError("an upstream's name has letters, digits and . _ - only")
         mount = mount_path(re.sub(r"/+(?:api|v1)/*$", "", url.path))
@@ -309,15 +331,13 @@ SETTINGS = (
             "ollama.com", ("OLLAMA_CLOUD_API_KEY",), True),
     Setting("auth_token", "PROXY_AUTH_TOKEN", "", tokens, "what clients must present: `token`, or `name:token, "
             "name:token`; `off` opens the proxy to whoever reaches it", ("AUTH_TOKEN", "AIG_AUTH_TOKEN"), True),
-    Setting("host", "PROXY_HOST", "127.0.0.1",
-            parser(HOST_TEXT.pattern, "an address such as 127.0.0.1, 0.0.0.0 or ::1", lambda text: text.strip("[]")),
-            "where to listen"),
+    Setting("host", "PROXY_HOST", "127.0.0.1", listen_host, "where to listen"),
     Setting("port", "PROXY_PORT", "11434", parser(r"[0-9]{1,5}", "a port from 0 to 65535", int, 0, 65535),
             "port to listen on; 0 picks a free one", ("PORT",)),
     Setting("upstreams", "PROXY_UPSTREAMS", "cloud=https://ollama.com", upstreams, "whom to ask: `name=url`; a bare "
             "URL is named by its host", ("OLLAMA_CLOUD_BASE_URL", "OLLAMA_ORIGIN")),
     Setting("keys", "PROXY_KEY_<NAME>", "", secret, "bearer key of the upstream called name", (), True),
-    Setting("prefix", "PROXY_PREFIX", "", mount_path, "mount path to strip, e.g. `/api/ollama-proxy`"),
+    Setting("prefix", "PROXY_PREFIX", "", prefix, "mount path to strip, e.g. `/api/ollama-proxy`"),
     Setting("origins", "PROXY_ORIGINS", "", origins, "browser origins allowed beside loopback and app ones, `*` for "
             "all; unset, with tokens: all", ("OLLAMA_ORIGINS",)),
     Setting("client_timeout", "PROXY_CLIENT_TIMEOUT", "15", seconds, "seconds a client has for the head of its "
@@ -335,8 +355,8 @@ SETTINGS = (
             "`/api/show`) without a token, for clients that look before they log in"),
     Setting("trusted", "PROXY_TRUSTED", "", networks, "addresses or networks (`10.0.0.0/8, ::1`) of load balancers "
             "whose `X-Forwarded-For` is believed"),
-    Setting("log", "PROXY_LOG", "", str, "file to log to; unset is stderr"),
-    Setting("log_format", "PROXY_LOG_FORMAT", "auto", parser("auto|text|json", "auto, text or json"),
+    Setting("log", "PROXY_LOG", "", log_path, "file to log to; unset is stderr"),
+    Setting("log_format", "PROXY_LOG_FORMAT", "auto", parser("(?i)auto|text|json", "auto, text or json", str.lower),
             "`text` (a terminal's default) or `json` (everything else's)"),
     Setting("drain", "PROXY_DRAIN", "30", seconds_or_zero, "seconds that streams may run on after SIGTERM"),
     Setting("env_file", "PROXY_ENV_FILE", ".env", str, "file of `KEY=VALUE` lines, read where the environment is "
@@ -379,7 +399,7 @@ class Settings:
         problems = sources.problems or list(settings.contradictions())
         if problems:
             raise SettingsError("\n".join(problems))
-        return settings, sources.strangers(settings) + settings.doubts()
+        return settings, [*sources.strangers(settings), *settings.doubts()]
 
     def key(self, address):
         """The bearer key for an upstream, or an empty value."""
@@ -390,15 +410,31 @@ class Settings:
         if any(address.is_ollama_com and not self.key(address) for address in self.upstreams):
             yield ("OLLAMA_API_KEY is not set: make a key at https://ollama.com/settings/keys and set it, or name "
                    "another server in PROXY_UPSTREAMS; `ollama_proxy.py demo` runs without a key")
+        proxy = urllib.request.getproxies_environment().get("https", "")
+        if not re.fullmatch(r"((https?://)?([^/\s@]*@)?([^/\s@:]+|\[[^/\s@]+\])(:[0-9]{1,5})?/?)?", proxy):
+            yield "HTTPS_PROXY is not a URL such as http://proxy.example:3128"
+        for address in self.upstreams:
+            here = address.host == self.host or is_loopback(address.host) and (
+                address.host == "localhost" and is_loopback(self.host) or self.host in ("0.0.0.0", "::"))
+            if here and address.port == self.port:
+                yield f"the upstream {address.name} ({address}) is the proxy itself: set PROXY_PORT to another port"
         if not self.auth_token and not is_loopback(self.host):
             yield (f"PROXY_HOST={self.host} lets other machines in, and PROXY_AUTH_TOKEN is not set: set it to a token "
                    "that clients must present, or to off if whoever reaches the proxy may spend the key")
 
     def doubts(self):
-        """Return warnings about values that are obeyed all the same."""
-        return [f"the key of {address.name} travels in clear to {address}: use https"
-                for address in self.upstreams
-                if self.key(address) and address.scheme == "http" and not is_private(address.host)]
+        """Yield warnings about values that are obeyed all the same."""
+        for address in self.upstreams:
+            if self.key(address) and address.scheme == "http" and not is_private(address.host):
+                yield f"the key of {address.name} travels in clear to {address}: use https"
+        if self.api_key and not any(address.is_cloud for address in self.upstreams):
+            yield "OLLAMA_API_KEY is of no use: no upstream is called cloud or is ollama.com; PROXY_KEY_<NAME> is for others"
+
+    @property
+    def audience(self):
+        """Who may ask, in words."""
+        return ("whoever reaches it" if self.auth_token == OFF else "whoever has a token" if self.auth_token else
+                "this machine only, without a token")
 
     def shown(self):
         """Yield (name, text) of every setting, with secrets masked."""
@@ -418,6 +454,8 @@ class Sources:
         if named or os.path.exists(".env"):
             values, bad = parse_env(self._read(named or ".env", "PROXY_ENV_FILE"))
             self.problems += [f"{named or '.env'}, line {number}: expected KEY=VALUE" for number in bad]
+            if "PROXY_ENV_FILE" in values:
+                self.problems.append(f"{named or '.env'}: PROXY_ENV_FILE counts in the environment only")
             self.maps.append(values)
         self.credentials = environ.get("CREDENTIALS_DIRECTORY", "")
 
@@ -428,11 +466,11 @@ class Sources:
                 if source.get(name, "").strip():
                     return name, source[name].strip()
                 if secret and source.get(name + "_FILE", "").strip():
-                    return name, self._read(source[name + "_FILE"].strip(), name + "_FILE")
+                    return name + "_FILE", self._read(source[name + "_FILE"].strip(), name + "_FILE")
         for name in names if secret and self.credentials else ():
             path = os.path.join(self.credentials, name)
             if os.path.exists(path):
-                return name, self._read(path, f"credential {name}")
+                return f"credential {name}", self._read(path, f"credential {name}")
         return names[0], ""
 
     def parse(self, values, key, setting, name, text):
@@ -447,8 +485,9 @@ class Sources:
     def strangers(self, settings):
         """Return warnings about PROXY_ variables that nothing here reads."""
         known = {name for setting in SETTINGS for name in (setting.name,) + setting.aliases}
-        known |= {address.key_name for address in settings.upstreams}
-        known |= {name + "_FILE" for name in known}
+        secrets = {name for setting in SETTINGS if setting.secret for name in (setting.name,) + setting.aliases}
+        secrets |= {address.key_name for address in settings.upstreams}
+        known |= secrets | {name + "_FILE" for name in secrets}
         found = []
         for name in sorted({name for source in self.maps for name in source if name.startswith("PROXY_")} - known):
             from difflib import get_close_matches  # rarely needed, and slow to load
@@ -478,7 +517,7 @@ def parse_env(text):
     values, bad = {}, []
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
-        match = re.fullmatch(r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:"([^"]*)"|'([^']*)'|(.*?))(?:\s+\#.*)?""", line)
+        match = re.fullmatch(r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^"'].*?)?)(?:\s+\#.*)?""", line)
         if match:
             values[match[1]] = match[2] or match[3] or match[4] or ""
         elif line and line[0] != "#":
@@ -507,7 +546,9 @@ def remembered(longest, most):
     """Have a parser remember what it made of short texts: clients and upstreams say the same again and again."""
     def of(parse):
         known = lru_cache(maxsize=most)(parse)
-        return wraps(parse)(lambda text, *more: (known if len(text) <= longest else parse)(text, *more))
+        choose = wraps(parse)(lambda text, *more: (known if len(text) <= longest else parse)(text, *more))
+        choose.forget = known.cache_clear
+        return choose
     return of
 
 
@@ -679,6 +720,7 @@ LISTS = frozenset(["GET /api/tags", "HEAD /api/tags", "GET /v1/models", "HEAD /v
 OWN_ALIASES = {"/healthz": "/-/health", "/readyz": "/-/ready", "/metrics": "/-/metrics"}
 AUTHORITY = re.compile(r"https?://[^/?#]*", re.I)
 LAST_PREFIX = re.compile(r"(?:/+(?:api|v1)(?=/|$))*/+(api|v1)(?:/+|$)")
+TOKEN_SEGMENT = re.compile(r"(/(?:t|%74|%54)/+)([^/]+)", re.I)
 DOT_SEGMENT = re.compile(r"(?:^|/)\.\.?(?:;[^/]*)?(?:/|$)")
 
 
@@ -693,7 +735,7 @@ class Target(namedtuple("Target", "path query token shown")):
 
     @property
     def is_own(self):
-        return self.path in ("", "/") or self.path.startswith("/-/")
+        return self.path in ("/", "/-") or self.path.startswith("/-/")
 
 
 @remembered(299, 1024)
@@ -721,14 +763,13 @@ def parse_target(target, prefix=""):
 
 def strip_mounts(path, prefix):
     """Take PROXY_PREFIX and /t/TOKEN, in either order, off a path: (path, token or None, path fit for a log)."""
-    token, shown = None, path
-    for _ in range(2):
+    token, shown = None, TOKEN_SEGMENT.sub(r"\1***", path)
+    for _ in range(2):  # a base URL may have been set twice
         if prefix and (path + "/").startswith(prefix + "/"):
             path = path[len(prefix):] or "/"
         match = re.match(r"/+t/([^/]+)", path)
-        if match and token is None:
-            token = unquote_to_bytes(match[1].encode("latin-1"))
-            shown = shown.replace(match[0], match[0][:-len(match[1])] + "***", 1)
+        if match:
+            token = token or unquote_to_bytes(match[1].encode("latin-1"))
             path = path[match.end():] or "/"
     return path, token, shown
 
@@ -747,7 +788,7 @@ def repair(path):
         return "/v1/" + bare
     if bare in NATIVE or first == "blobs":
         return "/api/" + bare
-    return OWN_ALIASES.get(path, path)
+    return OWN_ALIASES.get("/" + bare, path)
 
 
 ANTHROPIC_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
@@ -920,7 +961,7 @@ STRUCTURE = re.compile(rb'["{}\[\]]')
 # Bounded, since the matcher takes memory for each repetition, and holds up all threads while it runs.
 STRING_PART = re.compile(rb'[^"\\]{0,100000}(?:\\.[^"\\]{0,1000}){0,500}', re.S)
 MODEL_FIRST = re.compile(rb'\s*\{\s*"model"\s*:\s*"([ !#-\[\]-~]{0,500})"')
-ESCAPED_MODEL = re.compile(rb"\\u006[4c-fC-F]")  # a letter of the key, as nobody but an attacker writes it
+ESCAPED_MODEL = re.compile(rb"\\u006[45c-fC-F]")  # a letter of the key, as nobody but an attacker writes it
 COLON = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*")
 PATIENCE = 500_000  # brackets and strings that are looked at: more, and no name is found
 
@@ -991,7 +1032,7 @@ def json_string(raw):
 
 COUNTS = re.compile(rb'"(?:(prompt_eval_count|prompt_tokens|input_tokens)|'
                     rb'(eval_count|completion_tokens|output_tokens))"'
-                    rb"\s*:\s*([0-9]{1,12})\b")
+                    rb"\s*:\s*([0-9]{1,12})(?=\s*[,}])")  # what follows tells that the number was not cut
 ERROR_LINE = re.compile(rb'^(?:(?:data: ?)?\{"error":|event: ?(?:error|response\.failed)\b)', re.M)
 
 
@@ -1042,7 +1083,7 @@ def credentials(head, path_token):
 def basic_password(text):
     try:
         return base64.b64decode(text, validate=True).partition(b":")[2]
-    except binascii.Error:
+    except ValueError:
         return b""
 
 
@@ -1112,6 +1153,9 @@ class Doorman:
             words = ("this token is not one of PROXY_AUTH_TOKEN" if presented else
                      "a token is needed: send it as Authorization: Bearer TOKEN, or in the path, /t/TOKEN/...")
             raise Refused(words, 401, [("WWW-Authenticate", "Bearer")])
+        for match in TOKEN_SEGMENT.finditer(target.path):
+            if caller_name(self.tokens, [unquote_to_bytes(match[2].encode("latin-1"))]):
+                raise Refused("a token in the path stands at its start, or behind PROXY_PREFIX, and there once")
         return name
 
     def cors(self, head):
@@ -1265,7 +1309,8 @@ class Log:
     def reopen(self, path, form):
         """Follow a log file that was moved away; raises OSError, and then goes on as before."""
         if path:
-            stream = open(path, "ab", buffering=0)
+            # A pipe that nobody reads is an error; to wait for its reader would hold up the start.
+            stream = open(path, "ab", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK, 0o666))
         else:
             try:  # not sys.stderr, whose buffer and lock would hold up the exit if nobody reads
                 stream = open(2, "wb", buffering=0, closefd=False)
@@ -1296,13 +1341,12 @@ class Log:
             while len(taken) < 1000 and not self._lines.empty():
                 taken.append(self._lines.get())
             lines = [line for line in taken if type(line) is str]
-            if self._lost:
-                lost, self._lost = self._lost, 0
-                lines.append(self._event("warning", "log", f"{lost} lines were lost: the log was written too slowly"))
+            lost, self._lost = self._lost, 0
+            told = self._event("warning", "log", f"{lost} lines were lost: the log could not be written") if lost else ""
             try:
-                self._write("".join(lines).encode("utf-8", "backslashreplace"))
+                self._write(("".join(lines) + told).encode("utf-8", "backslashreplace"))
             except (OSError, ValueError):  # a broken pipe, a full disk: later lines may fare better
-                self._lost += len(lines)
+                self._lost += lost + len(lines)
             for written in taken:
                 if type(written) is not str:
                     written.set()
@@ -1416,9 +1460,10 @@ class Wire:
         try:
             if abruptly:
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.sock.close()
         except OSError:
             return
+        finally:
+            self.sock.close()
 
 
 def keep_alive(sock):
@@ -1444,11 +1489,15 @@ def next_head(wire, deadline):
 
 def answers(wire):
     """Look whether an upstream answers in the middle of a request, or hangs up; 1xx are no answers, and forgotten."""
+    before = wire.ahead
     if not wire.look():
         return False
+    if wire.ahead == before:
+        return True
     interim = INTERIM.match(wire.ahead)
-    wire.ahead = wire.ahead[interim.end():] if interim else wire.ahead
-    return bool(wire.ahead) or not interim
+    rest = wire.ahead = wire.ahead[interim.end():] if interim else wire.ahead
+    may_become_one = rest[:10] == b"HTTP/1.1 1"[:len(rest)] and b"\r\n\r\n" not in rest and len(rest) <= HEAD_LIMIT
+    return not may_become_one
 
 
 def aside(carrier, quick, deadline, work, *arguments):
@@ -1464,7 +1513,10 @@ def aside(carrier, quick, deadline, work, *arguments):
             outcome.extend((None, error))
         carrier.call(task.wake, ticket)
 
-    _thread.start_new_thread(think, ())
+    try:
+        _thread.start_new_thread(think, ())
+    except RuntimeError:
+        raise Refused("the system gives the proxy no more threads", 503) from None
     yield (deadline,)
     result, error = outcome
     if error:
@@ -1682,6 +1734,9 @@ class Pool:
     def __init__(self):
         self._wires, self._closed = deque(), False
 
+    def __len__(self):
+        return len(self._wires)
+
     def take(self):
         """A wire that is still open and silent, or None."""
         while self._wires:
@@ -1728,6 +1783,7 @@ class Upstream(urllib.request.BaseHandler):
 
     def __init__(self, address, settings, carrier):
         self.address, self.key, self.name = address, settings.key(address), address.name
+        self.key_name = "OLLAMA_API_KEY" if address.is_cloud and address.name not in settings.keys else address.key_name
         self.mask = self.key if len(self.key) >= 12 else ""  # a placeholder is no secret, but may be any word
         self.pool, self._carrier = Pool(), carrier
         self._connect_timeout, self._read_timeout = settings.connect_timeout, settings.read_timeout
@@ -1791,15 +1847,19 @@ class Upstream(urllib.request.BaseHandler):
 
     def _look(self):
         try:
-            wire = self.pool.take()
-            self.pool.put(wire or (yield from self._opener.open(self._new_ask())))
-            self._note(True)
-        except Unreachable:
-            return  # noted already
+            yield from self.reach()
+        except (Unreachable, Stopped):
+            return  # noted already, or of no interest any more
         finally:
             for wake, ticket in self._askers:
                 self._carrier.soon(wake, ticket)
             self._askers.clear()
+
+    def reach(self):
+        """Have a wire to it; raises Unreachable."""
+        if not self.pool:
+            self.pool.put((yield from self._opener.open(self._new_ask())))
+        self._note(True)
 
     def _note(self, reachable, words=""):
         if reachable != self._reachable and (self._reachable is not None or not reachable):
@@ -1817,16 +1877,18 @@ class Upstream(urllib.request.BaseHandler):
         except TimeoutError as error:
             words = str(error) if error.errno else f"no connection within {self._connect_timeout:g} seconds"
         except ssl.SSLCertVerificationError as error:
-            words = f"its certificate is not trusted ({error.verify_message}); SSL_CERT_FILE can name more authorities"
+            store = os.environ.get("SSL_CERT_FILE")
+            advice = "does not exist" if store and not os.path.exists(store) else "can name more authorities"
+            words = f"its certificate is not trusted ({error.verify_message}); SSL_CERT_FILE {advice}"
         except ssl.SSLError as error:
             words = f"TLS failed ({error.reason or error}); does it speak https?"
-        # A ValueError is of a host name, or of HTTPS_PROXY; a RuntimeError, of a thread that cannot be started.
-        except (OSError, EOFError, ValueError, RuntimeError, Malformed) as error:
+        except (OSError, EOFError, ValueError, Malformed) as error:  # a ValueError is of a host name
             words = getattr(error, "strerror", None) or str(error)
         else:
             self._note(True)
             return wire
-        words = f"upstream {self.name} cannot be reached: {words}"
+        way = f" by way of HTTPS_PROXY, {ask.host}" if proxy else ""
+        words = f"upstream {self.name} cannot be reached{way}: {words}"
         self._note(False, words)
         raise Unreachable(words)
 
@@ -1837,12 +1899,13 @@ class Upstream(urllib.request.BaseHandler):
             if whole and len(ask.body) >= PIECE:
                 whole = yield from self._push(wire, ask.body, ask)
             if whole and ask.upload:
-                yield from self._push_upload(wire, ask)
-            return (yield from self._hear(wire, ask))
-        except TimeoutError:
-            raise Silent(f"upstream {self.name} was silent for {self._read_timeout:g} seconds "
-                         "(PROXY_READ_TIMEOUT)") from None
+                whole = yield from self._push_upload(wire, ask)
+            answer = yield from self._hear(wire, ask)
+            return answer if whole else answer._replace(keep=False)  # else the next request would become its body
         except (OSError, EOFError) as error:
+            if isinstance(error, TimeoutError) and not error.errno:  # the system's own have a number
+                raise Silent(f"upstream {self.name} was silent for {self._read_timeout:g} seconds "
+                             "(PROXY_READ_TIMEOUT)") from None
             words = getattr(error, "strerror", None) or str(error)
             raise UpstreamLost(f"upstream {self.name} broke off before its answer: {words}") from error
 
@@ -1864,15 +1927,15 @@ class Upstream(urllib.request.BaseHandler):
                 return False
 
     def _push_upload(self, wire, ask):
-        chunked, going = ask.upload.decoder.size == CHUNKED, True
-        while going and not ask.upload.decoder.done:
+        """Send the client's body as it comes; False when the upstream answers, or hangs up, before it is whole."""
+        chunked = ask.upload.decoder.size == CHUNKED
+        while not ask.upload.decoder.done:
             payload = yield from ask.upload.more(wire)
-            if payload:
-                going = yield from self._push(wire, as_chunk(payload) if chunked else payload, ask)
-            elif payload is None:
-                return
-        if going and chunked:
-            yield from self._push(wire, b"0\r\n\r\n", ask)
+            if payload is None:
+                return False
+            if payload and not (yield from self._push(wire, as_chunk(payload) if chunked else payload, ask)):
+                return False
+        return not chunked or (yield from self._push(wire, b"0\r\n\r\n", ask))
 
     def _hear(self, wire, ask):
         status = 100
@@ -1886,8 +1949,7 @@ class Upstream(urllib.request.BaseHandler):
                 raise UpstreamLost(f"upstream {self.name} gave an answer that is not HTTP: {error}") from None
             if status == 101:
                 raise UpstreamLost(f"upstream {self.name} switched to a protocol that nobody asked for")
-        taken = not ask.upload or ask.upload.decoder.done
-        return Answer(head, Decoder(size), wire, taken and head.keeps and size != UNTIL_CLOSE)
+        return Answer(head, Decoder(size), wire, head.keeps and size != UNTIL_CLOSE)
 
     def _deadline(self):
         return time.monotonic() + self._read_timeout if self._read_timeout else None
@@ -2191,7 +2253,7 @@ class Exchange:
     FRAMING = re.compile(rb"\r\n[0-9A-Fa-f]+\r\n")
 
     __slots__ = ("client", "wire", "record", "out", "bytes_out", "chunked", "keep", "outcome", "deadline", "_answer",
-                 "_decoder", "_pool", "_blocked", "_tail", "_before", "_silence", "_stall", "_mask", "_plain", "_carrier")
+                 "_decoder", "_pool", "_blocked", "_tail", "_before", "_silence", "_stall", "_mask", "_plain", "_counts", "_carrier")
 
     def __init__(self, client, settings, keep):
         self.client, self.keep = client, keep  # whether the client's wire goes on after a whole answer
@@ -2205,11 +2267,12 @@ class Exchange:
         self.out, self.outcome = data, "ok"
         self._flush()
 
-    def begin(self, head, answer, record, upstream, chunked):
-        """Send the client the head of an upstream's answer, and its body as it comes."""
+    def begin(self, head, answer, record, upstream, chunked, counts):
+        """Send the client the head of an upstream's answer, and its body as it comes; it may say token counts."""
         self.out, self._answer, self.record, self.chunked = head, answer, record, chunked
         self.wire, self._decoder, self._pool = answer.wire, answer.decoder, upstream.pool
         self._tail = self._before = b""
+        self._counts = counts and answer.head.status < 400 and not answer.head.get("content-encoding")
         if upstream.mask and answer.head.status >= 300:
             self._mask = Mask(upstream.mask.encode())
         self._plain = chunked and self._decoder.size == CHUNKED and not self._mask
@@ -2337,7 +2400,7 @@ class Exchange:
         tail = self.FRAMING.sub(b"", tail) if self._plain else tail
         if record.outcome == "ok" and (record.status >= 400 or ends_in_error(tail)):
             record.outcome = "error"
-        if record.status < 400 and not self._answer.head.get("content-encoding"):
+        if self._counts:
             record.tokens_in, record.tokens_out = token_counts(tail)
         record.bytes_out = self.bytes_out
         self._carrier.log.request(record)
@@ -2354,11 +2417,14 @@ LONG = 16 * 1024  # bytes of a body from which on a thread of its own looks thro
 class Handler:
     """What is done for one request, until an exchange takes over: made by socketserver, done by a task."""
 
+    STRANGERS_BODY = 64 * 1024  # bytes that go up for a client without a token
+
     def __init__(self, client, address, server):
         self.client, self.server, self.record = client, server, Record(address)
         # What this request goes by from its start to its end, whatever is read again meanwhile.
         self.settings, self.doorman, self.upstream = server.settings, server.doorman, server.upstream
         self.head, self.target, self.upload, self.cors = None, None, None, self.doorman.cors_unseen
+        self.is_stranger = False  # who is served without a token although there are tokens
         server.carrier.start(self.answer(), client)
 
     def answer(self):
@@ -2375,6 +2441,7 @@ class Handler:
         except Exception as bug:
             self.server.log.event("error", "bug", describe(bug))
             if self.record.status is not None:  # something has gone out already
+                self.server.log.request(self.record.ended("error"))
                 return self.client.close(abruptly=True)
             self.refuse(Failure("the proxy has a bug; its log says where"))
 
@@ -2403,7 +2470,8 @@ class Handler:
         self.upload = Upload(client, head.size, bool(expected and head.version), settings.client_timeout)
         if expected not in ("", "100-continue"):
             raise Refused("the only expectation met here is 100-continue", 417)
-        self.target = parse_target(head.target if head.target != "*" else "/", settings.prefix)
+        asks_all = head.method == "OPTIONS" and head.target == "*"
+        self.target = parse_target("/" if asks_all else head.target, settings.prefix)
         record.path = self.target.shown[:500]
         if settings.trusted:
             record.client = client_address(client.address, head.joined("x-forwarded-for"), settings.trusted)
@@ -2429,6 +2497,7 @@ class Handler:
         except Refused:
             if not is_open:
                 raise
+            self.is_stranger = True
         return None
 
     def page_root(self):
@@ -2448,8 +2517,10 @@ class Handler:
         """Ask the upstream, and send its answer on its way to the client."""
         head, path, upload = self.head, self.target.path, self.upload
         self.record.upstream = self.upstream.name
-        held, body = head.method == "POST" and path in INFERENCE, b""
-        if held:
+        infers, body = head.method == "POST" and path in INFERENCE, b""
+        if self.is_stranger:
+            body = yield from upload.whole(self.STRANGERS_BODY)
+        elif infers:
             body = yield from upload.whole(self.settings.max_body)
             carrier, quick = self.server.carrier, len(body) < LONG
             model = yield from aside(carrier, quick, None, named_model, body)
@@ -2457,22 +2528,22 @@ class Handler:
             if path == "/embeddings":
                 is_openai = b"input" in (yield from aside(carrier, quick, None, members, body))
                 path = "/v1/embeddings" if is_openai else "/api/embeddings"
-        asked = (head.method, path + self.target.query, self.lines_up(held, len(body)), body,
+        asked = (head.method, path + self.target.query, self.lines_up(infers, len(body)), body,
                  None if upload.decoder.done else upload)
         if path == "/api/version":
             yield from self.give_version(asked)
         else:
-            self.give((yield from self.upstream.ask(*asked)))
+            self.give((yield from self.upstream.ask(*asked)), infers)
 
-    def lines_up(self, held, length):
-        """The header lines of the request, but for the upstream's own Host and key."""
+    def lines_up(self, infers, held):
+        """The header lines of the request, but for the upstream's own Host and key; of its body, `held` bytes are."""
         head, client, declared = self.head, self.client, self.upload.declared
         trusted = is_trusted(client.address, self.settings.trusted)
         chain = head.all("x-forwarded-for") if trusted else ()
         host = trusted and head.get("x-forwarded-host") or head.get("host")
-        size = length if held else declared
+        size = held if held or infers else declared if declared != CHUNKED or not self.upload.decoder.done else 0
         return "".join((
-            fields_up(head, held),
+            fields_up(head, infers),
             "" if size is None else TE_CHUNKED if size == CHUNKED else f"Content-Length: {size}\r\n",
             f"Via: 1.1 {self.server.name}\r\nX-Forwarded-For: {', '.join((*chain, client.address))}\r\n"
             f"X-Forwarded-Proto: {trusted and head.get('x-forwarded-proto') or 'http'}\r\n"
@@ -2480,8 +2551,8 @@ class Handler:
 
     # What comes down:
 
-    def give(self, answer):
-        """Send the answer's head and what of its body is there; the rest is the exchange's."""
+    def give(self, answer, counts=False):
+        """Send the answer's head and what of its body is there; the rest is the exchange's, which may count tokens."""
         head, record, upstream, size = answer.head, self.record, self.upstream, answer.decoder.size
         chunked = size < 0 and self.head.version == 1
         keep = self.keeps() and (chunked or size >= 0)
@@ -2494,13 +2565,13 @@ class Handler:
         record.bytes_in = self.upload.received
         if head.status == 401:
             self.server.complain("key", f"upstream {upstream.name} answers 401: " + (
-                "it refuses the key" if upstream.key else f"it wants a key, {upstream.address.key_name}"))
+                f"it {'refuses the' if upstream.key else 'wants a'} key, {upstream.key_name}"))
         if upstream.mask and upstream.mask in reason:
             reason = ""
         data = head_bytes(f"HTTP/1.1 {head.status} {reason}\r\n", fields_down(head, upstream.mask) + framing
                           + self.closing_lines(keep)
                           + f"X-Proxy-Upstream: {upstream.name}\r\nX-Accel-Buffering: no\r\n")
-        Exchange(self.client, self.settings, keep).begin(data, answer, record, upstream, chunked)
+        Exchange(self.client, self.settings, keep).begin(data, answer, record, upstream, chunked, counts)
 
     def give_version(self, asked):
         """Relay the upstream's version; where it has none, say one that clients accept."""
@@ -2514,8 +2585,7 @@ class Handler:
             answer.wire.close()
         self.record.upstream = None
         self.record.answered(200)
-        self.server.log.request(self.record.ended("ok"))
-        self.reply(200, json.dumps({"version": OWN_VERSION}).encode(), JSON_TYPE)
+        self.reply(200, json.dumps({"version": OWN_VERSION}).encode(), JSON_TYPE, "ok")
 
     def keeps(self):
         return self.head.keeps and self.upload.decoder.done and not self.server.draining
@@ -2525,30 +2595,32 @@ class Handler:
         connection = "" if keep and self.head.version else f"Connection: {'keep-alive' if keep else 'close'}\r\n"
         return f"X-Request-Id: {self.record.id}\r\n{self.cors}{connection}"
 
-    def reply(self, status, body, lines):
-        """Send an answer of the proxy's own."""
+    def reply(self, status, body, lines, outcome=None):
+        """Send an answer of the proxy's own; with an outcome, it has a line in the log."""
         keep = bool(self.upload and self.upload.skip()) and self.keeps()
         lines += f"Date: {formatdate(usegmt=True)}\r\nCache-Control: no-store\r\n{self.closing_lines(keep)}"
         if status != 204:
             lines += f"Content-Length: {len(body)}\r\n"
         if self.head and self.head.method == "HEAD":
             body = b""
+        if outcome:
+            self.record.bytes_out = len(body)
+            self.server.log.request(self.record.ended(outcome))
         data = head_bytes(f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n", lines) + body
         Exchange(self.client, self.settings, keep).reply(data)
 
     def refuse(self, failure):
-        """End the request with an error in the dialect of its path."""
+        """End the request with an error in the dialect of its path; own pages have no line in the log."""
         record, path = self.record, self.target.path if self.target else ""
         record.bytes_in = self.upload.received if self.upload else 0
-        told = not isinstance(failure, ClientLeft) and (self.head or not isinstance(failure, Stopped))
-        if told:
-            record.answered(failure.status)
-        if not self.target.is_own if self.target else self.head or told:
-            self.server.log.request(record.ended(failure.outcome))
-        if not told:
+        if isinstance(failure, ClientLeft) or isinstance(failure, Stopped) and not self.head:  # there is nobody to tell
+            if self.head and not (self.target and self.target.is_own):
+                self.server.log.request(record.ended(failure.outcome))
             return self.client.close()
+        record.answered(failure.status)
         lines = JSON_TYPE + "".join(f"{name}: {value}\r\n" for name, value in failure.headers)
-        self.reply(failure.status, error_body(path, failure.status, str(failure), record.id), lines)
+        self.reply(failure.status, error_body(path, failure.status, str(failure), record.id), lines,
+                   None if self.target and self.target.is_own else failure.outcome)
 
 
 OWN_PAGES = {"/": Handler.page_root, "/-/health": Handler.page_health, "/-/ready": Handler.page_ready}
@@ -2594,7 +2666,10 @@ class Server(ThreadingHTTPServer):
         """Obey settings from the next request on."""
         old, upstream = self.upstream, Upstream(settings.upstreams[0], settings, self.carrier)
         self.settings, self.doorman, self.upstream = settings, Doorman(settings), upstream
-        if old:
+        parse_request.forget()  # with the heads, what the old doorman made of them
+        if old and (old.address, old.key) == (upstream.address, upstream.key):
+            upstream.pool = old.pool
+        elif old:
             old.pool.close()
 
     # The carrier's thread:
@@ -2664,7 +2739,8 @@ class Server(ThreadingHTTPServer):
             settings, warnings = Settings.load(environ)
             self.log.reopen(settings.log, settings.log_format)
         except (ValueError, OSError) as error:
-            for line in str(error).splitlines():
+            words = f"PROXY_LOG: {error}" if isinstance(error, OSError) else str(error)
+            for line in words.splitlines():
                 self.log.event("error", "reload", f"the old settings stay: {line}")
             return
         if (settings.host, settings.port) != (self.settings.host, self.settings.port):
@@ -2672,7 +2748,7 @@ class Server(ThreadingHTTPServer):
         self.carrier.perform(self.adopt, settings)
         for words in warnings:
             self.log.event("warning", "settings", words)
-        self.log.event("info", "reload", "the settings have been read again")
+        self.log.event("info", "reload", f"the settings have been read again; it is for {settings.audience}")
 
     def drain(self, seconds):
         """Let in those who have knocked, and no more; let requests end for so long, then cut what is left."""
@@ -2793,7 +2869,9 @@ def start(settings):
         log = Log(settings.log, settings.log_format)
     except (OSError, ValueError) as error:
         sys.exit(fail(f"PROXY_LOG={settings.log!r}: {getattr(error, 'strerror', error)}", 2))
-    raise_file_limit(settings.max_connections)
+    if not raise_file_limit(settings.max_connections):
+        log.event("warning", "limit", f"too few descriptors for {settings.max_connections} clients and their upstreams "
+                  "(PROXY_MAX_CONNECTIONS): raise the hard limit, LimitNOFILE in a systemd unit")
     gc.freeze()  # what is loaded stays: the collector need not go through it again and again
     gc.set_threshold(50_000, 20, 50)  # nor look at what a thousand lines leave behind for a moment
     try:
@@ -2822,17 +2900,16 @@ def carry(server):
 
 
 def raise_file_limit(clients):
-    """Have descriptors for every client and its upstream, as far as the system's hard limit allows."""
-    try:
-        import resource  # not on every system
-    except ImportError:
-        return
-    (soft, hard), wanted = resource.getrlimit(resource.RLIMIT_NOFILE), 2 * clients + 64
+    """Have descriptors for every client and its upstream; whether the system's hard limit allows for so many."""
+    import resource  # not needed to import this file
+
+    (soft, hard), wanted = resource.getrlimit(resource.RLIMIT_NOFILE), 2 * clients + Client.LINGERERS + 64
     try:
         if 0 <= soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
-    except (OSError, ValueError):  # a system with another limit yet: accepting will say so if it matters
-        return
+    except (OSError, ValueError):  # a system with another limit yet
+        return False
+    return not 0 <= hard < wanted
 
 
 def run(server, signals, environ):
@@ -2881,9 +2958,7 @@ def serve(environ):
     server = start(settings)
     for words in warnings:
         server.log.event("warning", "settings", words)
-    who = "whoever reaches it" if settings.auth_token == OFF else (
-        "whoever has a token" if settings.auth_token else "this machine only, without a token")
-    server.log.event("info", "start", f"ollama_proxy {__version__} listens on {server.url} for {who}, "
+    server.log.event("info", "start", f"ollama_proxy {__version__} listens on {server.url} for {settings.audience}, "
                      f"and asks {', '.join(f'{a.name} ({a})' for a in settings.upstreams)}")
     return run(server, signals, environ)
 
@@ -2912,6 +2987,9 @@ def demo(environ):
     return run(server, signals, environ)
 
 
+PATIENCE_OF_CHECK = 15.0  # seconds that an upstream may be silent
+
+
 def check(environ):
     """Print the settings, and what each upstream answers; 0 if all is well, else 1."""
     settings, warnings = Settings.load(environ)
@@ -2920,11 +2998,14 @@ def check(environ):
     for words in warnings:
         print(f"warning: {words}")
     carrier, good = Carrier(Log(os.devnull)), []  # what it would log is printed
+    settings.read_timeout = min(settings.read_timeout or PATIENCE_OF_CHECK, PATIENCE_OF_CHECK)
 
     def probes():
         try:
             for address in settings.upstreams:
                 good.append((yield from probe(Upstream(address, settings, carrier))))
+        except Exception as bug:
+            print(f"  the proxy has a bug: {describe(bug)}")
         finally:
             carrier.close()
 
@@ -2942,7 +3023,7 @@ def probe(upstream):
     began = time.monotonic()
     print(f"\n{upstream.name} ({upstream.address})")
     try:
-        yield from upstream.is_reachable()
+        yield from upstream.reach()
         connected = time.monotonic()
         answer = yield from upstream.ask("GET", path, "Accept: application/json\r\n")
     except Failure as failure:
@@ -2955,8 +3036,7 @@ def probe(upstream):
     status = answer.head.status
     answer.wire.close()
     if status in (401, 403):
-        print(f"  the key is refused ({status})" if upstream.key else f"  it wants a key ({status}): set "
-              f"{'OLLAMA_API_KEY' if upstream.address.is_cloud else upstream.address.key_name}")
+        print(f"  {'the key is refused' if upstream.key else 'it wants a key'} ({status}): set {upstream.key_name}")
         return False
     sure, unsure = (("key accepted", "whether the key is good remains open") if upstream.key else
                    ("no key set, none needed", "no key set"))
@@ -2972,6 +3052,8 @@ def main(arguments):
         return command(os.environ)
     except SettingsError as error:
         return fail(str(error), 2)
+    except OSError as error:  # whoever reads what it prints has gone, or a disk is full
+        return fail(error.strerror or str(error))
 
 
 def parse_arguments(arguments):
