@@ -225,7 +225,7 @@ def tokens(text):
         if not NAME_TEXT.fullmatch(name):
             raise ValueError("expected token, or name:token, name:token, with names of letters, digits and . _ -")
         if not token:
-            raise ValueError(f"{name} has no token")
+            raise ValueError("a name has no token behind its colon")
         pairs.append((name, secret(token).encode()))
     if len({token for _, token in pairs}) < max(1, len(pairs)):
         raise ValueError("two names have the same token" if pairs else "expected token, or name:token, name:token")
@@ -390,37 +390,44 @@ class Settings:
             if text:
                 given[setting.name] = text
                 sources.parse(values, setting.field, setting, name, text)
-        for address in values.get("upstreams", ()):
+        settings = cls(values, given)
+        for address in settings.upstreams:
             name, text = sources.find((address.key_name,), secret=True)
             if text:
-                given[name] = text
-                sources.parse(values["keys"], address.name, SETTINGS[0], name, text)
-        settings = cls(values, given)
-        problems = sources.problems or list(settings.contradictions())
-        if problems:
-            raise SettingsError("\n".join(problems))
+                given[address.key_name] = text
+                sources.parse(settings.keys, address.name, SETTINGS[0], name, text)
+        settings.judge(sources.problems)
         return settings, [*sources.strangers(settings), *settings.doubts()]
 
     def key(self, address):
         """The bearer key for an upstream, or an empty value."""
         return self.keys.get(address.name) or (self.api_key if address.is_cloud else "")
 
-    def contradictions(self):
-        """Yield what is wrong with values that are each fine alone."""
+    def judge(self, problems=()):
+        """Raise SettingsError if there are problems, or values that are each fine, but not together."""
+        said = " ".join(problem.partition(":")[0] for problem in problems)
+        problems = [*problems, *(words for causes, words in self._contradictions() if not re.search(causes, said))]
+        if problems:
+            raise SettingsError("\n".join(problems))
+
+    def _contradictions(self):
+        """Yield (pattern of the settings that a bad value of which may be the cause, words)."""
         if any(address.is_ollama_com and not self.key(address) for address in self.upstreams):
-            yield ("OLLAMA_API_KEY is not set: make a key at https://ollama.com/settings/keys and set it, or name "
-                   "another server in PROXY_UPSTREAMS; `ollama_proxy.py demo` runs without a key")
+            yield "KEY|UPSTREAMS|_URL|ORIGIN", (
+                "OLLAMA_API_KEY is not set: make a key at https://ollama.com/settings/keys and set it, or name another "
+                "server in PROXY_UPSTREAMS; `ollama_proxy.py demo` runs without a key")
         proxy = urllib.request.getproxies_environment().get("https", "")
-        if not re.fullmatch(r"((https?://)?([^/\s@]*@)?([^/\s@:]+|\[[^/\s@]+\])(:[0-9]{1,5})?/?)?", proxy):
-            yield "HTTPS_PROXY is not a URL such as http://proxy.example:3128"
+        if not re.fullmatch(r"((http://)?([^/\s@]*@)?([^/\s@:]+|\[[^/\s@]+\])(:[0-9]{1,5})?/?)?", proxy):
+            yield "HTTPS_PROXY", "HTTPS_PROXY is not a URL such as http://proxy.example:3128"
         for address in self.upstreams:
             here = address.host == self.host or is_loopback(address.host) and (
                 address.host == "localhost" and is_loopback(self.host) or self.host in ("0.0.0.0", "::"))
             if here and address.port == self.port:
-                yield f"the upstream {address.name} ({address}) is the proxy itself: set PROXY_PORT to another port"
+                yield "PORT|HOST", f"the upstream {address.name} ({address}) is the proxy itself: set another PROXY_PORT"
         if not self.auth_token and not is_loopback(self.host):
-            yield (f"PROXY_HOST={self.host} lets other machines in, and PROXY_AUTH_TOKEN is not set: set it to a token "
-                   "that clients must present, or to off if whoever reaches the proxy may spend the key")
+            yield "AUTH_TOKEN", (
+                f"PROXY_HOST={self.host} lets other machines in, and PROXY_AUTH_TOKEN is not set: set it to a token that "
+                "clients must present, or to off if whoever reaches the proxy may spend the key")
 
     def doubts(self):
         """Yield warnings about values that are obeyed all the same."""
@@ -517,7 +524,7 @@ def parse_env(text):
     values, bad = {}, []
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
-        match = re.fullmatch(r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^"'].*?)?)(?:\s+\#.*)?""", line)
+        match = re.fullmatch(r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^"'\s#].*?)?)(?:\s+\#.*)?""", line)
         if match:
             values[match[1]] = match[2] or match[3] or match[4] or ""
         elif line and line[0] != "#":
@@ -718,7 +725,7 @@ INFERENCE = frozenset("/api/generate /api/chat /api/embed /api/embeddings /embed
                       "/v1/completions /v1/responses /v1/embeddings /v1/messages".split())
 LISTS = frozenset(["GET /api/tags", "HEAD /api/tags", "GET /v1/models", "HEAD /v1/models", "POST /api/show"])
 OWN_ALIASES = {"/healthz": "/-/health", "/readyz": "/-/ready", "/metrics": "/-/metrics"}
-AUTHORITY = re.compile(r"https?://[^/?#]*", re.I)
+AUTHORITY = re.compile(r"https?://[^/?#@]+(?=[/?#]|\Z)", re.I)
 LAST_PREFIX = re.compile(r"(?:/+(?:api|v1)(?=/|$))*/+(api|v1)(?:/+|$)")
 TOKEN_SEGMENT = re.compile(r"(/(?:t|%74|%54)/+)([^/]+)", re.I)
 DOT_SEGMENT = re.compile(r"(?:^|/)\.\.?(?:;[^/]*)?(?:/|$)")
@@ -767,7 +774,7 @@ def strip_mounts(path, prefix):
     for _ in range(2):  # a base URL may have been set twice
         if prefix and (path + "/").startswith(prefix + "/"):
             path = path[len(prefix):] or "/"
-        match = re.match(r"/+t/([^/]+)", path)
+        match = re.match(r"/+t/+([^/]+)", path)
         if match:
             token = token or unquote_to_bytes(match[1].encode("latin-1"))
             path = path[match.end():] or "/"
@@ -828,7 +835,6 @@ CHUNK_LINE_LIMIT, TRAILER_LIMIT = 4096, 8192
 KNOWN_LINES = {}  # size lines of chunks below 4 KiB, in the usual spelling and between two CRLFs -> size
 
 
-@lru_cache(maxsize=1024)  # of lines of 4 KiB at the most
 def chunk_size(line):
     """The size in a chunk's line.
 
@@ -1033,18 +1039,23 @@ def json_string(raw):
 COUNTS = re.compile(rb'"(?:(prompt_eval_count|prompt_tokens|input_tokens)|'
                     rb'(eval_count|completion_tokens|output_tokens))"'
                     rb"\s*:\s*([0-9]{1,12})(?=\s*[,}])")  # what follows tells that the number was not cut
-ERROR_LINE = re.compile(rb'^(?:(?:data: ?)?\{"error":|event: ?(?:error|response\.failed)\b)', re.M)
+SSE_ERROR = re.compile(rb'^(?:data: ?\{"error":|event: ?(?:error|response\.failed)\b)', re.M)
+STREAM_END = re.compile(rb"\s*(?:data: ?\[DONE\])?\s*\Z")
+DONE = re.compile(rb"data: ?\[DONE\]\s*\Z")
 
 
 def ends_in_error(tail):
-    """Whether the last bytes of a stream hold an error instead of an end, as Ollama and OpenAI write it."""
-    return (b"error" in tail or b"failed" in tail) and bool(ERROR_LINE.search(tail))
+    """Whether a stream's last line or event is an error, as Ollama and OpenAI write it."""
+    if b"error" not in tail and b"failed" not in tail:
+        return False
+    event = STREAM_END.sub(b"", tail).rpartition(b"\n\n")[2]
+    return bool(SSE_ERROR.search(event)) or event.rpartition(b"\n")[2].startswith(b'{"error":')
 
 
 def token_counts(tail):
     """Find (tokens in, tokens out) in the last bytes of an answer of any dialect, None where it does not say.
 
-    The last mention wins. A key within a JSON string cannot be taken for one: its quotes are escaped there.
+    The last mention wins. A key within a JSON string is none, for its quotes are escaped there.
 
     >>> token_counts(b'..."done":true,"prompt_eval_count":26,"eval_count":298}')
     (26, 298)
@@ -1140,7 +1151,8 @@ class Doorman:
         if not self.is_open and not all(is_loopback(word.strip()) for word in chain.split(",") if word.strip()):
             raise Refused("without a token only this machine is served, and this request was forwarded for another: "
                           "set PROXY_AUTH_TOKEN", 403)
-        if not origin and head.get("sec-fetch-site") == "cross-site" and head.get("sec-fetch-mode") != "navigate":
+        visits = head.get("sec-fetch-mode") == "navigate" and head.method in ("GET", "HEAD")
+        if not origin and head.get("sec-fetch-site") == "cross-site" and not visits:
             raise Refused("without a token other sites' pages may not ask here", 403)
 
     def admit(self, head, target):
@@ -1422,11 +1434,13 @@ class Wire:
             return 0
 
     def look(self):
-        """Read what has come into `ahead`; whether anything, or the end, has."""
-        data = self.receive()
-        if data:
-            self.ahead += data
-        return data is not None
+        """Read what has come into `ahead`; True if anything has, None if nothing, False at the end, or after a reset."""
+        try:
+            data = self.receive()
+        except OSError:
+            return False
+        self.ahead += data or b""
+        return None if data is None else data != b""
 
     def has_left(self):
         """Whether the other side has left; Linux can tell even when unread data comes before its farewell."""
@@ -1489,11 +1503,9 @@ def next_head(wire, deadline):
 
 def answers(wire):
     """Look whether an upstream answers in the middle of a request, or hangs up; 1xx are no answers, and forgotten."""
-    before = wire.ahead
-    if not wire.look():
-        return False
-    if wire.ahead == before:
-        return True
+    came = wire.look()
+    if not came:
+        return came is False
     interim = INTERIM.match(wire.ahead)
     rest = wire.ahead = wire.ahead[interim.end():] if interim else wire.ahead
     may_become_one = rest[:10] == b"HTTP/1.1 1"[:len(rest)] and b"\r\n\r\n" not in rest and len(rest) <= HEAD_LIMIT
@@ -1530,8 +1542,8 @@ def dial(carrier, address, proxy, deadline):
     Returns a Wire. Raises OSError, EOFError, TimeoutError, Malformed.
     """
     host, port = proxy[:2] if proxy else (address.host, address.port)
-    is_number = re.fullmatch(r"[0-9.]+|.*:.*", host)  # else the network may be asked, which cannot be timed
-    places = yield from aside(carrier, is_number, deadline, socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)
+    # For a name the network may be asked, which cannot be timed.
+    places = yield from aside(carrier, is_address(host), deadline, socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)
     context = None
     if address.scheme == "https":
         context = yield from aside(carrier, tls_context.cache_info().currsize, deadline, tls_context)
@@ -1741,7 +1753,7 @@ class Pool:
         """A wire that is still open and silent, or None."""
         while self._wires:
             wire = self._wires.pop()
-            if self._is_silent(wire):
+            if wire.look() is None:
                 return wire
             wire.close()
         return None
@@ -1755,16 +1767,9 @@ class Pool:
 
     def _hear(self, wire, _):
         """Let go of a wire that has closed, or says what nobody asked for, unless that is but TLS's housekeeping."""
-        if not self._is_silent(wire):
+        if wire.look() is not None:
             self._wires.remove(wire)
             wire.close()
-
-    @staticmethod
-    def _is_silent(wire):
-        try:
-            return not wire.look()
-        except OSError:  # a reset is an end as good as any
-            return False
 
     def prune(self, idle=IDLE):
         """Close the wires that nobody has used for so many seconds."""
@@ -2096,6 +2101,7 @@ class Carrier:
                     if act:  # else it was closed earlier in this round
                         act(wire, events)
                 except Exception as bug:
+                    wire.watch(0)
                     self._drop(act, bug)
             for act, arguments in [inbox.popleft() for _ in range(len(inbox))] if inbox else ():
                 self._guard(act, *arguments)
@@ -2106,22 +2112,24 @@ class Carrier:
         """See whose time is up, and which client has left behind more than is read ahead of it."""
         self._next_look = self.now + self.TICK
         for thing in [*self.held]:
-            client = thing.client
-            if self.now > thing.deadline:
-                self._guard(thing.expire)
-            elif client and not client.heard and client.has_left():
-                self._guard(thing.leave)
+            self._guard(self._judge, thing)
+
+    def _judge(self, thing):
+        if self.now > thing.deadline:
+            thing.expire()
+        elif thing.client and not thing.client.heard and thing.client.has_left():
+            thing.leave()
 
     def _guard(self, act, *arguments):
         try:
             act(*arguments)
         except Exception as bug:
-            self._drop(act, bug)
+            self._drop(act, bug, *arguments[:1])
 
-    def _drop(self, act, bug):
+    def _drop(self, act, bug, thing=None):
         """Go on after a bug, without the connections that it struck."""
         self.log.event("error", "bug", f"the carrier dropped a connection: {describe(bug)}")
-        thing = getattr(act, "__self__", None)
+        thing = getattr(act, "__self__", None) if act != self._judge else thing
         for wire in (thing, getattr(thing, "client", None), getattr(thing, "wire", None)):
             if isinstance(wire, Wire):
                 self.held.discard(thing)
@@ -2156,15 +2164,12 @@ class Client(Wire):
 
     def hear(self):
         """Read ahead what it says while it waits for an answer; whether it has left."""
-        try:
-            self.look()
-        except OSError:
-            return True
-        return self.has_left()
+        return self.look() is False or self.has_left()
 
     def park(self, patience):
         """Wait for its next request, unless that is there already, or the proxy is about to stop."""
         if self.says:
+            self.deadline = FOR_EVER
             self.watch(0, self.wake)  # no more is read ahead of it
             self.carrier.soon(self._meet)
         elif self._server.draining:
@@ -2184,12 +2189,7 @@ class Client(Wire):
 
     def wake(self, *_):
         """It says something, or leaves."""
-        try:
-            before = self.ahead
-            gone = self.look() and self.ahead == before
-        except OSError:
-            gone = True
-        if gone:
+        if self.look() is False:
             self.close()
         elif self.says:
             self._meet()
@@ -2364,7 +2364,9 @@ class Exchange:
             self._flush()
 
     def leave(self):
-        self._finish(ClientLeft.outcome)
+        self.keep = False
+        said_all = self.record and not self.out and DONE.search(self._tail)  # OpenAI's SDKs do not wait for the chunks' end
+        self._finish("ok" if said_all else ClientLeft.outcome)
 
     def expire(self):
         self._finish(ClientLeft.outcome if self.out else Silent.outcome)
@@ -2418,6 +2420,8 @@ class Handler:
     """What is done for one request, until an exchange takes over: made by socketserver, done by a task."""
 
     STRANGERS_BODY = 64 * 1024  # bytes that go up for a client without a token
+    OWN_PAGES = {"/": (200, b"Ollama is running", "Content-Type: text/plain; charset=utf-8\r\n"),
+                 "/-/health": (200, b'{"status": "ok"}', JSON_TYPE), "/-/ready": None}
 
     def __init__(self, client, address, server):
         self.client, self.server, self.record = client, server, Record(address)
@@ -2431,11 +2435,11 @@ class Handler:
         """Answer one request. The one place where an exception meets the client."""
         try:
             yield from self.read_head()
-            page = self.own_page()
-            if page is None:
-                yield from self.relay()
+            page = yield from self.own_page()
+            if page:
+                self.reply(*page)
             else:
-                self.reply(*(page if isinstance(page, tuple) else (yield from page)))
+                yield from self.relay()
         except Failure as failure:
             self.refuse(failure)
         except Exception as bug:
@@ -2451,13 +2455,13 @@ class Handler:
         """Read the head and decide who asks for what; raises a Failure."""
         settings, client, record = self.settings, self.client, self.record
         try:
-            block = yield from next_head(client, time.monotonic() + settings.client_timeout)
+            block = yield from next_head(client, min(time.monotonic() + settings.client_timeout, client.deadline))
         except TimeoutError:
             raise Refused("the head of the request took too long", 408) from None
         except (OSError, EOFError) as error:
             raise ClientLeft("the client left before its request was whole") from error
         head = self.head = parse_request(block)
-        record.method = head.method
+        record.method = head.method[:40]
         given = head.get("x-request-id")
         if given and REQUEST_ID.fullmatch(given):
             record.id = given
@@ -2477,19 +2481,18 @@ class Handler:
             record.client = client_address(client.address, head.joined("x-forwarded-for"), settings.trusted)
 
     def own_page(self):
-        """Let the doorman look; return (status, body, header lines) of an own page, or a generator of it, else None."""
+        """Let the doorman look; return (status, body, header lines) of an own page, else None."""
         head, target = self.head, self.target
         self.doorman.check_place(head)
         if head.method == "OPTIONS":
             return 204, b"", preflight(head)
         reads = head.method in ("GET", "HEAD")
         if target.is_own:
-            page = OWN_PAGES.get(target.path)
-            if page is None:
+            if target.path not in self.OWN_PAGES:
                 raise Refused(f"there is no page {printable(target.shown)} here", 404)
             if not reads:
                 raise Refused("this page is only to be read", 405, [("Allow", "GET, HEAD")])
-            return page(self)
+            return self.OWN_PAGES[target.path] or (yield from self.page_ready())
         is_open = target.path == "/api/version" and reads or (
             self.settings.public_models and f"{head.method} {target.path}" in LISTS)
         try:
@@ -2499,12 +2502,6 @@ class Handler:
                 raise
             self.is_stranger = True
         return None
-
-    def page_root(self):
-        return 200, b"Ollama is running", "Content-Type: text/plain; charset=utf-8\r\n"
-
-    def page_health(self):
-        return 200, b'{"status": "ok"}', JSON_TYPE
 
     def page_ready(self):
         reachable = not self.server.draining and (yield from self.upstream.is_reachable())
@@ -2623,9 +2620,6 @@ class Handler:
                    None if self.target and self.target.is_own else failure.outcome)
 
 
-OWN_PAGES = {"/": Handler.page_root, "/-/health": Handler.page_health, "/-/ready": Handler.page_ready}
-
-
 # ---- Server -----------------------------------------------------------------
 
 
@@ -2666,6 +2660,9 @@ class Server(ThreadingHTTPServer):
         """Obey settings from the next request on."""
         old, upstream = self.upstream, Upstream(settings.upstreams[0], settings, self.carrier)
         self.settings, self.doorman, self.upstream = settings, Doorman(settings), upstream
+        if not raise_file_limit(settings.max_connections):
+            self.complain("limit", f"too few descriptors for {settings.max_connections} clients and their upstreams "
+                          "(PROXY_MAX_CONNECTIONS): raise the hard limit, LimitNOFILE in a systemd unit")
         parse_request.forget()  # with the heads, what the old doorman made of them
         if old and (old.address, old.key) == (upstream.address, upstream.key):
             upstream.pool = old.pool
@@ -2737,14 +2734,16 @@ class Server(ThreadingHTTPServer):
         """Read the settings again; bad ones change nothing."""
         try:
             settings, warnings = Settings.load(environ)
+            if (settings.host, settings.port) != (self.settings.host, self.settings.port):
+                warnings.append("PROXY_HOST and PROXY_PORT change with a restart only")
+                settings.host, settings.port = self.settings.host, self.settings.port
+                settings.judge()  # what may be said on the new host need not do on the old one
             self.log.reopen(settings.log, settings.log_format)
         except (ValueError, OSError) as error:
             words = f"PROXY_LOG: {error}" if isinstance(error, OSError) else str(error)
             for line in words.splitlines():
                 self.log.event("error", "reload", f"the old settings stay: {line}")
             return
-        if (settings.host, settings.port) != (self.settings.host, self.settings.port):
-            warnings.append("PROXY_HOST and PROXY_PORT change with a restart only")
         self.carrier.perform(self.adopt, settings)
         for words in warnings:
             self.log.event("warning", "settings", words)
@@ -2752,14 +2751,11 @@ class Server(ThreadingHTTPServer):
 
     def drain(self, seconds):
         """Let in those who have knocked, and no more; let requests end for so long, then cut what is left."""
-        self.carrier.perform(self._close_door)
-        deadline = time.monotonic() + seconds
-        while self.clients and time.monotonic() < deadline:
-            time.sleep(0.02)
-        self.carrier.perform(self.carrier.stop)
-        deadline = time.monotonic() + 1
-        while self.clients and time.monotonic() < deadline:  # for the last words to go out
-            time.sleep(0.02)
+        for patience, then in (seconds, self._close_door), (1, self.carrier.stop):  # a second for the last words
+            self.carrier.perform(then)
+            deadline = time.monotonic() + patience
+            while self.clients and time.monotonic() < deadline:
+                time.sleep(0.02)
         self.shutdown()
 
     def _close_door(self):
@@ -2778,6 +2774,19 @@ class Server(ThreadingHTTPServer):
         """End serve_forever(), and wait until that has happened."""
         self.carrier.call(self.carrier.close)
         self._stopped.wait()
+
+
+def raise_file_limit(clients):
+    """Have descriptors for every client and its upstream; whether the system's hard limit allows for so many."""
+    import resource  # not needed to import this file
+
+    (soft, hard), wanted = resource.getrlimit(resource.RLIMIT_NOFILE), 2 * clients + Client.LINGERERS + 64
+    try:
+        if 0 <= soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
+    except (OSError, ValueError):  # a system with another limit yet
+        return False
+    return not 0 <= hard < wanted
 
 
 # ---- Command line -----------------------------------------------------------
@@ -2869,9 +2878,6 @@ def start(settings):
         log = Log(settings.log, settings.log_format)
     except (OSError, ValueError) as error:
         sys.exit(fail(f"PROXY_LOG={settings.log!r}: {getattr(error, 'strerror', error)}", 2))
-    if not raise_file_limit(settings.max_connections):
-        log.event("warning", "limit", f"too few descriptors for {settings.max_connections} clients and their upstreams "
-                  "(PROXY_MAX_CONNECTIONS): raise the hard limit, LimitNOFILE in a systemd unit")
     gc.freeze()  # what is loaded stays: the collector need not go through it again and again
     gc.set_threshold(50_000, 20, 50)  # nor look at what a thousand lines leave behind for a moment
     try:
@@ -2899,49 +2905,24 @@ def carry(server):
         os._exit(1)
 
 
-def raise_file_limit(clients):
-    """Have descriptors for every client and its upstream; whether the system's hard limit allows for so many."""
-    import resource  # not needed to import this file
-
-    (soft, hard), wanted = resource.getrlimit(resource.RLIMIT_NOFILE), 2 * clients + Client.LINGERERS + 64
-    try:
-        if 0 <= soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
-    except (OSError, ValueError):  # a system with another limit yet
-        return False
-    return not 0 <= hard < wanted
+# Blocked before there are threads, which they would strike else, these wait for run(); without a handler, nothing but
+# that has process 1 of a container obey signals at all.
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 
-def run(server, signals, environ):
+def run(server, environ):
     """Live until a signal says otherwise; returns the exit status."""
-    while True:
-        number = signals.recv(1)[0]
-        if number != getattr(signal, "SIGHUP", None):
-            break
+    while signal.sigwait(SIGNALS) == signal.SIGHUP:
         server.reload(environ)
     for second in signal.SIGTERM, signal.SIGINT:
         signal.signal(second, lambda number, frame: os._exit(128 + number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS - {signal.SIGHUP})
     drain = server.settings.drain
     server.log.event("info", "stop", f"no more clients; answers may go on for {drain:g} seconds (PROXY_DRAIN)")
     server.drain(drain)
     server.log.event("info", "stop", "bye")
     server.log.close()
     return 0
-
-
-def catch_signals():
-    """Return a socket that gives a byte, its number, for each signal that comes.
-
-    A queue would not do: the system may deliver a signal to any thread, and nothing then wakes the main one, which
-    alone runs handlers. As process 1 of a container, nothing but a handler obeys signals at all.
-    """
-    signals, bell = socket.socketpair()
-    bell.setblocking(False)
-    signal.set_wakeup_fd(bell.detach())
-    for name in "SIGTERM", "SIGINT", "SIGHUP":
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda number, frame: None)
-    return signals
 
 
 def fail(words, status=1):
@@ -2953,19 +2934,19 @@ def fail(words, status=1):
 
 def serve(environ):
     """Serve until stopped."""
-    signals = catch_signals()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     settings, warnings = Settings.load(environ)
     server = start(settings)
     for words in warnings:
         server.log.event("warning", "settings", words)
     server.log.event("info", "start", f"ollama_proxy {__version__} listens on {server.url} for {settings.audience}, "
                      f"and asks {', '.join(f'{a.name} ({a})' for a in settings.upstreams)}")
-    return run(server, signals, environ)
+    return run(server, environ)
 
 
 def demo(environ):
     """Try everything without a key: a built-in model that echoes, and the real proxy before it."""
-    signals = catch_signals()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     echo = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
     echo.handle_error = lambda *_: None  # a client that leaves in mid-answer is nothing to report
     threading.Thread(target=echo.serve_forever, name="echo", daemon=True).start()
@@ -2984,7 +2965,7 @@ def demo(environ):
   curl -N {server.url}/api/generate -d '{{"model": "echo", "prompt": "hello from curl"}}'
   curl -N {server.url}/v1/chat/completions -d '{json.dumps({**said, "stream": True})}'
 """, flush=True)
-    return run(server, signals, environ)
+    return run(server, environ)
 
 
 PATIENCE_OF_CHECK = 15.0  # seconds that an upstream may be silent

@@ -191,7 +191,7 @@ def test_the_environment_wins_over_the_env_file_and_an_empty_value_is_none(tmp_p
     assert (settings.port, settings.drain, settings.prefix) == (5, 2, "/x")
 
 
-@pytest.mark.parametrize("value, words", [("ann:", "ann has no token"), ("ann:x,bob:x", "two names have the same token"), (",", "expected token"),
+@pytest.mark.parametrize("value, words", [("ann:", "a name has no token"), ("ann:x,bob:x", "two names have the same token"), (",", "expected token"),
                                           ("a b:x", "expected token")])
 def test_a_list_of_tokens_with_a_fault_is_refused(value, words):
     assert words in complaints(PROXY_AUTH_TOKEN=value)
@@ -237,6 +237,53 @@ def test_an_unknown_variable_is_a_warning_that_names_the_nearest():
     assert warnings == ["PROXY_PROT is not a setting; the nearest is PROXY_PORT"]
 
 
+def test_a_setting_that_nothing_obeys_is_a_warning():
+    environ = {"PROXY_ENV_FILE": os.devnull, "PROXY_UPSTREAMS": "x=http://h", "PROXY_PORT_FILE": "x", "OLLAMA_API_KEY": "k"}
+    port, key = proxy.Settings.load(environ)[1]
+    assert "PROXY_PORT_FILE is not a setting" in port and "OLLAMA_API_KEY is of no use" in key
+
+
+def test_a_key_for_cloud_by_name_serves_the_default_upstream():
+    settings = proxy.Settings.load({"PROXY_ENV_FILE": os.devnull, "PROXY_KEY_CLOUD": "k2"})[0]
+    assert settings.key(settings.upstreams[0]) == "k2"
+
+
+def test_what_does_not_go_together_is_named_with_all_other_bad_values_but_not_for_their_sake():
+    text = complaints(PROXY_HOST="0.0.0.0", PROXY_PORT="x")
+    assert "PROXY_PORT='x'" in text and "PROXY_AUTH_TOKEN is not set" in text
+    assert "is not set" not in complaints(PROXY_HOST="0.0.0.0", PROXY_AUTH_TOKEN="a b")
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("PROXY_HOST", "127.0.0.1:80", "the port is PROXY_PORT"), ("PROXY_HOST", "300.1.1.1", "expected an address"),
+    ("PROXY_ORIGINS", "https://a.example/x", "no paths"), ("PROXY_ORIGINS", ",", "expected origins"),
+    ("PROXY_LOG", "/nowhere/log", "folder does not exist"), ("PROXY_PREFIX", "/t", "mean something here"),
+    ("PROXY_PREFIX", "/-/x", "mean something here"), ("PROXY_PREFIX", "/a/../b", "expected a path"),
+    ("OLLAMA_ORIGIN", "http://127.0.0.1:11434", "is the proxy itself"), ("OLLAMA_ORIGIN", "http://localhost:11434", "is the proxy itself")])
+def test_a_value_that_cannot_work_is_refused_and_the_words_say_why(name, value, words):
+    assert words in complaints(**{name: value})
+
+
+@pytest.mark.parametrize("value", ["http:/proxy", "https://proxy:3128", "http://proxy:port", "/"])
+def test_an_https_proxy_that_is_none_is_refused_at_the_start(value, monkeypatch):
+    monkeypatch.setenv("https_proxy", value)
+    assert "HTTPS_PROXY is not a URL" in complaints()
+
+
+def test_a_slash_behind_an_origin_is_forgiven_and_null_is_one():
+    assert load(PROXY_ORIGINS="https://a.example/, null, https://*.b.example").origins == (
+        "https://a.example", "null", "https://*.b.example")
+
+
+def test_an_empty_value_with_a_comment_is_empty_and_an_open_quote_is_a_bad_line():
+    assert proxy.parse_env('A= # one\nB="two\nC=three # 3') == ({"A": "", "C": "three"}, [2])
+
+
+def test_the_file_of_a_bad_secret_is_named(tmp_path):
+    (tmp_path / "tokens").write_text("ann:one\nbob:two")
+    assert complaints(PROXY_AUTH_TOKEN_FILE=str(tmp_path / "tokens")).startswith("PROXY_AUTH_TOKEN_FILE: ")
+
+
 def test_a_key_that_would_travel_in_clear_to_a_public_host_is_warned_about():
     environ = {"PROXY_KEY_X": "k", "PROXY_ENV_FILE": os.devnull}
     warned = {url: bool(proxy.Settings.load({**environ, "PROXY_UPSTREAMS": "x=" + url})[1]) for url in
@@ -274,6 +321,15 @@ def test_dot_segments_are_refused_however_they_are_spelt(asked):
 def test_a_target_that_is_no_path_is_refused(asked):
     with pytest.raises(proxy.Malformed):
         proxy.parse_target(asked)
+
+
+@pytest.mark.parametrize("path", ["/t/s3cret/t/s3cret/api/tags", "/t//s3cret/api/tags", "/T/s3cret/api/tags", "/%74/s3cret/api/tags", "/v1/t/s3cret/models",
+                                  "/mount/t/s3cret/api/tags", "/t/s3cret/t/s3cret/t/s3cret/api/tags"])
+def test_a_token_is_neither_logged_nor_sent_up_wherever_it_stands_in_the_path(serve, upstream, path):
+    server = serve(PROXY_AUTH_TOKEN="s3cret")
+    server.get("GET", path, Authorization="Bearer s3cret")
+    server.lines()
+    assert "s3cret" not in server.log_path.read_text() and all("s3cret" not in call.path for call in upstream.calls)
 
 
 def test_a_token_in_the_path_is_masked_and_decoded():
@@ -436,6 +492,16 @@ def test_token_counts_are_read_off_the_end_of_every_dialect(tail, counts):
     assert proxy.token_counts(tail) == counts
 
 
+def test_a_number_that_may_have_been_cut_is_no_count():
+    assert proxy.token_counts(b'{"prompt_eval_count":26,"eval_count":29') == (26, None)
+
+
+def test_only_the_last_line_or_event_of_a_stream_makes_it_an_error():
+    for end in b'{"error":"x"}\n', b'data: {"error":{}}\n\n', b'event: error\ndata: {}\n\n', b'data: {"error":1}\n\ndata: [DONE]\n\n':
+        assert proxy.ends_in_error(end)
+        assert not proxy.ends_in_error(end + b'data: {}\n\n' if b"data" in end else end + b'{"done":true}\n')
+
+
 # ---- Callers ----------------------------------------------------------------
 
 
@@ -446,7 +512,7 @@ def test_a_credential_may_come_in_any_of_these_headers(line):
     assert proxy.caller_name((("ann", b"tok"),), proxy.credentials(head, None)) == "ann"
 
 
-@pytest.mark.parametrize("line", ["Authorization: Bearer", "Authorization: Bearer tok2", "Authorization: Basic !", "X-Api-Key: \xe9",
+@pytest.mark.parametrize("line", ["Authorization: Bearer", "Authorization: Bearer tok2", "Authorization: Basic !", "Authorization: Basic \xe9", "X-Api-Key: \xe9",
                                   "Authorization: Bearer t\xf6k", "Cookie: tok"])
 def test_anything_else_is_nobody(line):
     head = proxy.parse_request(f"GET / HTTP/1.0\r\n{line}\r\n".encode("latin-1"))
@@ -770,6 +836,57 @@ def test_lines_that_were_lost_are_counted_in_the_log(tmp_path):
     until(lambda: b"4 lines were lost" in b"".join(got))
 
 
+def test_lines_that_could_not_be_written_are_counted_however_often_that_fails(tmp_path):
+    class Full:
+        def write(self, data):
+            tries.append(data)
+            if len(tries) < 4:
+                raise OSError("no space")
+            return len(data)
+    tries, log = [], proxy.Log(str(tmp_path / "log"), "json")
+    log._stream = Full()
+    for count in 1, 2, 3, 4:
+        log.event("info", "test", "one line")
+        until(lambda: len(tries) == count)
+    assert b"3 lines were lost" in tries[-1]
+
+
+def test_a_log_that_is_a_pipe_without_a_reader_is_an_error_and_no_wait(tmp_path):
+    os.mkfifo(str(tmp_path / "pipe"))
+    done = run(OLLAMA_API_KEY="k", PROXY_PORT="0", PROXY_LOG=str(tmp_path / "pipe"))
+    assert done.returncode == 2 and "PROXY_LOG" in done.stderr
+
+
+def test_only_inference_calls_have_token_counts_and_only_of_numbers_that_are_whole(server, upstream):
+    body = b'{"prompt_eval_count": 1, "eval_count": 999}'
+    upstream.play = lambda call: call.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+    server.get("GET", "/api/usage")
+    server.get("POST", "/api/chat", CHAT)
+    assert [line["tokens_out"] for line in server.lines(2)] == [None, 999]
+
+
+def test_a_client_that_hangs_up_at_done_has_its_whole_answer(server, upstream):
+    def play(call):
+        call.send(STREAM)
+        call.chunk(b'data: {"usage":{"prompt_tokens":1,"completion_tokens":2}}\n\n')
+        call.chunk(b"data: [DONE]\n\n")
+        upstream.wait_left(call)
+    upstream.play = play
+    sock = server.ask("POST", "/v1/chat/completions", CHAT)
+    data = b""
+    while b"[DONE]\n\n" not in data:
+        data += sock.recv(65536)
+    sock.close()
+    assert upstream.left.wait(WAIT)
+    line, = server.lines()
+    assert (line["outcome"], line["tokens_out"]) == ("ok", 2)
+
+
+def test_the_bodies_of_the_proxys_own_errors_are_counted(server):
+    body = server.get("GET", "/../x")[2]
+    assert server.lines()[0]["bytes_out"] == len(body)
+
+
 def test_what_was_logged_is_written_before_the_end(tmp_path):
     for n in range(50):
         log = proxy.Log(str(tmp_path / f"log{n}"))
@@ -1073,6 +1190,46 @@ def test_a_thread_that_outlasts_its_time_wakes_nobody_else(server):
     carrier.perform(int)
     in_time.set()
     until(lambda: results == ["right"])
+
+
+@pytest.mark.parametrize("size", [9, 40])
+@pytest.mark.parametrize("path", ["/api/blobs/x", "/api/chat"])
+def test_an_interim_answer_in_two_pieces_does_not_end_an_upload(server, upstream, path, size):
+    upstream.reads_bodies = False
+    asked, body, interim = threading.Event(), [], b"HTTP/1.1 103 Early Hints\r\nLink: <x>\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n"
+
+    def play(call):
+        call.send(interim[:size])
+        asked.set()
+        while sum(map(len, body)) < 4_000_000:
+            body.append(call.sock.recv(1 << 20))
+        call.send(interim[size:])
+        while sum(map(len, body)) < 8_000_000:
+            body.append(call.sock.recv(1 << 20))
+        call.send(OK)
+    upstream.play = play
+    sock = server.ask("POST", path, b"x" * 1000, Content_Length="8000000")
+    if path == "/api/blobs/x":
+        assert asked.wait(WAIT)
+    sock.sendall(b"x" * 7_999_000)
+    assert server.read(sock)[0] == 200
+
+
+def test_a_connection_with_half_a_body_on_it_is_not_used_again(server, upstream):
+    upstream.reads_bodies = False
+    upstream.play = lambda call: call.send(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\nbig")
+    assert server.get("POST", "/api/chat", b"x" * 20_000_000)[0] == 413
+    upstream.play = lambda call: call.send(OK)
+    assert server.get("GET", "/api/tags")[0] == 200 and upstream.connections == 2
+
+
+def test_who_asks_for_the_version_without_a_token_sends_no_more_than_a_little(serve, upstream):
+    server = serve(PROXY_AUTH_TOKEN="tok")
+    sock = server.ask("GET", "/api/version", b"", Transfer_Encoding="chunked")
+    threading.Thread(target=send_quietly, args=(sock, b"10000\r\n%b\r\n" % (b"x" * 65536) * 20), daemon=True).start()
+    assert drain(sock).startswith(b"HTTP/1.1 413") and upstream.calls == []
+    assert server.get("GET", "/api/version", b"1\r\nx\r\n0\r\n\r\n", Transfer_Encoding="chunked")[0] == 200
+    assert upstream.calls[0].body == b"x"
 
 
 @pytest.mark.parametrize("path", ["/api/blobs/x", "/api/chat"])
@@ -1692,6 +1849,21 @@ def test_a_malformed_request_is_answered_and_the_connection_closed(server, upstr
     assert upstream.calls == []
 
 
+@pytest.mark.parametrize("target", ["*", "http:///api/tags", "http://?/x", "http://localhost:1@evil.example/api/tags"])
+def test_a_target_without_a_clear_host_and_path_is_a_400(server, upstream, target):
+    assert server.get("GET", target)[0] == 400 and upstream.calls == []
+
+
+@pytest.mark.parametrize("target", ["/-", "/-/", "//-/", "/-/x"])
+def test_an_own_page_that_is_none_is_a_404_and_never_asked_for_upstream(server, upstream, target):
+    assert server.get("GET", target)[0] == 404 and upstream.calls == []
+
+
+def test_a_page_that_is_visited_from_another_site_can_only_get(server):
+    visit = {"Sec_Fetch_Site": "cross-site", "Sec_Fetch_Mode": "navigate"}
+    assert [server.get(method, "/api/chat", b"", **visit)[0] for method in ("GET", "POST")] == [200, 403]
+
+
 @pytest.mark.parametrize("line", BAD_FRAMING)
 def test_a_request_of_unclear_length_is_answered_and_the_connection_closed(server, upstream, line):
     sock = server.connect()
@@ -1788,6 +1960,13 @@ def test_a_body_that_drips_is_a_408_however_slowly_it_drips(serve, path):
     stop.set()
     assert head.startswith(b"HTTP/1.1 408 ")
     assert server.lines()[0]["outcome"] == "refused"
+
+
+def test_the_time_for_a_head_begins_with_the_connection(serve):
+    began, sock = time.monotonic(), serve(PROXY_CLIENT_TIMEOUT="1").connect()
+    threading.Event().wait(0.8)
+    sock.sendall(b"GET")
+    assert drain(sock).startswith(b"HTTP/1.1 408") and time.monotonic() - began < 1.7
 
 
 def test_idle_clients_are_closed_kept_ones_later(serve):
@@ -2132,6 +2311,40 @@ def test_a_reload_closes_the_kept_connections_to_the_old_upstream(server, upstre
     assert server.get("GET", "/api/tags")[1]["X-Proxy-Upstream"] == "other"
 
 
+def test_a_reload_that_changes_nothing_keeps_the_connections(server, upstream):
+    server.get("GET", "/api/tags")
+    server.server.reload({"PROXY_UPSTREAMS": f"cloud=http://127.0.0.1:{upstream.port}", "PROXY_ENV_FILE": os.devnull,
+                          "OLLAMA_API_KEY": "sk-upstream-key", "PROXY_LOG": str(server.log_path)})
+    server.get("GET", "/api/tags")
+    assert upstream.connections == 1
+
+
+def test_a_reload_opens_no_door_that_a_start_would_not(serve):
+    server = serve(PROXY_HOST="0.0.0.0", PROXY_AUTH_TOKEN="tok")
+    server.server.reload({"PROXY_HOST": "127.0.0.1", "OLLAMA_API_KEY": "k", "PROXY_ENV_FILE": os.devnull, "PROXY_LOG": str(server.log_path)})
+    until(lambda: "the old settings stay: PROXY_HOST=0.0.0.0 lets other machines in" in server.log_path.read_text())
+    assert server.get("POST", "/api/chat", CHAT)[0] == 401
+
+
+def test_a_reload_raises_the_limit_of_descriptors_too(server, upstream):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1000, hard))
+    server.server.carrier.perform(server.server.adopt, load(PROXY_MAX_CONNECTIONS="1000"))
+    raised = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert raised > 2000
+
+
+def test_a_bug_in_what_hears_a_kept_connection_is_logged_once(server, upstream, monkeypatch):
+    assert server.get("GET", "/api/tags")[0] == 200
+    until(lambda: server.server.upstream.pool)
+    monkeypatch.setattr(proxy.Wire, "look", lambda wire: {}["bug"])
+    upstream.sockets[0].sendall(b"HTTP/1.1 408 Request Timeout\r\n\r\n")
+    until(lambda: "KeyError" in server.log_path.read_text())
+    threading.Event().wait(0.2)
+    assert server.log_path.read_text().count("KeyError") == 1
+
+
 def test_a_reload_of_nonsense_changes_nothing(server):
     server.server.reload({"PROXY_UPSTREAMS": "x=http://h", "PROXY_LOG": "a\0b", "PROXY_ENV_FILE": os.devnull})
     assert server.get("GET", "/api/tags")[0] == 200
@@ -2246,7 +2459,7 @@ def test_check_masks_secrets_and_says_what_the_upstream_answers(upstream):
     assert "sk-good" not in done.stdout and "tok-en" not in done.stdout
     upstream.play = lambda call: call.send(b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n")
     done = run("check", **environ)
-    assert done.returncode == 1 and "the key is refused (401)" in done.stdout
+    assert done.returncode == 1 and "the key is refused (401): set OLLAMA_API_KEY" in done.stdout
 
 
 def test_check_ends_with_1_when_the_upstream_cannot_be_reached():
