@@ -63,11 +63,11 @@ import threading
 import time
 import urllib.request
 from collections import deque, namedtuple
+from contextlib import contextmanager
 from email.utils import formatdate
 from functools import lru_cache, wraps
 from http.client import responses as REASONS
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from json.encoder import encode_basestring_ascii as quoted
 from operator import attrgetter
 from socketserver import TCPServer
 from urllib.parse import unquote_to_bytes, urlsplit
@@ -192,7 +192,7 @@ def origins(text):
 def listen_host(text):
     """Parse a name or an address to listen on; what looks like an address must be one."""
     host = re.sub(r"^\[(.*)\]$", r"\1", text)
-    if not HOST_TEXT.fullmatch(host) or re.fullmatch(r"[0-9.]+|.*:.*", host) and not is_address(host):
+    if not HOST_TEXT.fullmatch(host) or re.fullmatch(r"[0-9.]+|.*:.*", host) and not ip_of(host):
         raise ValueError("expected an address such as 127.0.0.1, 0.0.0.0 or ::1; the port is PROXY_PORT")
     return host
 
@@ -232,11 +232,12 @@ def tokens(text):
     return tuple(pairs)
 
 
-def is_address(host):
+def ip_of(host):
+    """The IP address that a text is, or None."""
     try:
-        return bool(ipaddress.ip_address(host))
+        return ipaddress.ip_address(host)
     except ValueError:
-        return False
+        return None
 
 
 def is_loopback(host):
@@ -245,18 +246,14 @@ def is_loopback(host):
     >>> [is_loopback(host) for host in ("localhost", "127.8.9.1", "::1", "0.0.0.0", "gpu")]
     [True, True, True, False, False]
     """
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower().rstrip(".") == "localhost" or host.lower().endswith(".localhost")
+    name = host.lower().rstrip(".")
+    return ip_of(host).is_loopback if ip_of(host) else name == "localhost" or name.endswith(".localhost")
 
 
 def is_private(host):
     """Whether a host lies on a network of one's own, as far as its name tells."""
-    try:
-        return ipaddress.ip_address(host).is_private
-    except ValueError:
-        return "." not in host or host.lower().endswith((".local", ".localhost", ".internal", ".lan", ".home.arpa"))
+    own = (".local", ".localhost", ".internal", ".lan", ".home.arpa")
+    return ip_of(host).is_private if ip_of(host) else "." not in host or host.lower().endswith(own)
 
 
 class Address(namedtuple("Address", "name scheme host port mount")):
@@ -370,11 +367,10 @@ class Settings:
     `given` is the text of those that were set, by name. Times are seconds, sizes bytes.
     """
 
-    def __init__(self, values, given):
+    def __init__(self):
         for setting in SETTINGS:
             setattr(self, setting.field, setting.parse(setting.default) if setting.default else "")
-        self.__dict__.update(values)
-        self.given = given
+        self.keys, self.given = {}, {}
 
     @classmethod
     def load(cls, environ):
@@ -382,20 +378,11 @@ class Settings:
 
         Returns (settings, warnings). Raises SettingsError.
         """
-        sources, values, given = Sources(environ), {"keys": {}}, {}
+        sources, settings = Sources(environ), cls()
         for setting in SETTINGS:
-            if setting.field == "keys":
-                continue
-            name, text = sources.find((setting.name,) + setting.aliases, setting.secret)
-            if text:
-                given[setting.name] = text
-                sources.parse(values, setting.field, setting, name, text)
-        settings = cls(values, given)
+            sources.give(settings, vars(settings), setting.field, setting, setting.name, *setting.aliases)
         for address in settings.upstreams:
-            name, text = sources.find((address.key_name,), secret=True)
-            if text:
-                given[address.key_name] = text
-                sources.parse(settings.keys, address.name, SETTINGS[0], name, text)
+            sources.give(settings, settings.keys, address.name, SETTINGS[0], address.key_name)
         settings.judge(sources.problems)
         return settings, [*sources.strangers(settings), *settings.doubts()]
 
@@ -445,7 +432,7 @@ class Settings:
 
     def shown(self):
         """Yield (name, text) of every setting, with secrets masked."""
-        names = {setting.name: setting for setting in SETTINGS if setting.field != "keys"}
+        names = {setting.name: setting for setting in SETTINGS}
         for name in [*names, *(name for name in self.given if name not in names)]:
             hidden = (name not in names or names[name].secret) and self.given.get(name, OFF).lower() != OFF
             yield name, "***" if hidden else self.given.get(name) or names[name].default
@@ -480,14 +467,17 @@ class Sources:
                 return f"credential {name}", self._read(path, f"credential {name}")
         return names[0], ""
 
-    def parse(self, values, key, setting, name, text):
-        """Put a setting's value among the values, or its error among the problems."""
-        called = {"OLLAMA_CLOUD_BASE_URL": "cloud", "OLLAMA_ORIGIN": "origin"}.get(name)
-        try:
-            values[key] = (Address.parse(text, called),) if called else setting.parse(text)
-        except ValueError as error:
-            shown = "" if setting.secret or re.search("[@?]", text) else f"={text[:80]!r}"
-            self.problems.append(f"{name}{shown}: {error}")
+    def give(self, settings, values, key, setting, *names):
+        """Put the value that one of the names has among the values, or its error among the problems."""
+        name, text = self.find(names, setting.secret)
+        if text:
+            settings.given[names[0]] = text
+            called = {"OLLAMA_CLOUD_BASE_URL": "cloud", "OLLAMA_ORIGIN": "origin"}.get(name)
+            try:
+                values[key] = (Address.parse(text, called),) if called else setting.parse(text)
+            except ValueError as error:
+                shown = "" if setting.secret or re.search("[@?]", text) else f"={text[:80]!r}"
+                self.problems.append(f"{name}{shown}: {error}")
 
     def strangers(self, settings):
         """Return warnings about PROXY_ variables that nothing here reads."""
@@ -835,18 +825,6 @@ CHUNK_LINE_LIMIT, TRAILER_LIMIT = 4096, 8192
 KNOWN_LINES = {}  # size lines of chunks below 4 KiB, in the usual spelling and between two CRLFs -> size
 
 
-def chunk_size(line):
-    """The size in a chunk's line.
-
-    >>> chunk_size(b"1f;ext=1")
-    31
-    """
-    match = CHUNK_LINE.fullmatch(line)
-    if not match:
-        raise Malformed("a chunk's size line is malformed")
-    return int(match[1], 16)
-
-
 @lru_cache(maxsize=64)
 def chunks_like(line, size):
     """A pattern of any number of chunks with this size line."""
@@ -931,7 +909,10 @@ class Decoder:
         if end < 0 or not data.startswith(CRLF, at):
             self._keep_line(data[at:])
             return CRLF if data.startswith(CRLF, at) else b"", 0
-        line, size = data[at:end + 2], chunk_size(data[at + 2:end])
+        match = CHUNK_LINE.fullmatch(data, at + 2, end)
+        if not match:
+            raise Malformed("a chunk's size line is malformed")
+        line, size = data[at:end + 2], int(match[1], 16)
         self._width = len(line)
         if not size:
             self._trailer, self._left = True, 0
@@ -1199,12 +1180,9 @@ def client_address(peer, forwarded, trusted):
     '1.2.3.4'
     """
     for word in reversed(forwarded.split(",")):
-        try:
-            if not is_trusted(peer, trusted):
-                return peer
-            peer = str(ipaddress.ip_address(word.strip()))
-        except ValueError:  # not an address: whoever wrote it is as far as we can see
+        if not is_trusted(peer, trusted) or not ip_of(word.strip()):  # who wrote that is as far as we can see
             return peer
+        peer = str(ip_of(word.strip()))
     return peer
 
 
@@ -1266,18 +1244,8 @@ def printable(text, limit=200):
 
 
 def json_line(keys, values):
-    """One line for a machine: what json.dumps() gives, in a third of its time.
-
-    >>> json_line(("a", "b", "c"), ('"', None, 1.5))
-    '{"a": "\\\\"", "b": null, "c": 1.5}'
-    """
-    values = [quoted(value) if type(value) is str else "null" if value is None else value for value in values]
-    return json_form(keys) % tuple(values)
-
-
-@lru_cache(maxsize=8)
-def json_form(keys):
-    return "{%s}" % ", ".join(f'"{key}": %s' for key in keys)
+    """One line for a machine."""
+    return json.dumps(dict(zip(keys, values)))
 
 
 def text_line(keys, values):
@@ -1543,7 +1511,7 @@ def dial(carrier, address, proxy, deadline):
     """
     host, port = proxy[:2] if proxy else (address.host, address.port)
     # For a name the network may be asked, which cannot be timed.
-    places = yield from aside(carrier, is_address(host), deadline, socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)
+    places = yield from aside(carrier, ip_of(host), deadline, socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)
     context = None
     if address.scheme == "https":
         context = yield from aside(carrier, tls_context.cache_info().currsize, deadline, tls_context)
@@ -1556,31 +1524,34 @@ def dial(carrier, address, proxy, deadline):
         except OSError:
             if place is places[-1]:
                 raise
-    try:
+    with closed_on_error(wire):
         if proxy:
             yield from open_tunnel(wire, address, proxy[2], deadline)
         if context:
             yield from shake_hands(wire, context, address.host, deadline)
+        return wire
+
+
+@contextmanager
+def closed_on_error(wire):
+    try:
+        yield
     except BaseException:
         wire.close()
         raise
-    return wire
 
 
 def connect(carrier, place, deadline):
     family, kind, protocol, _, address = place
     wire = Wire(socket.socket(family, kind, protocol), carrier)
-    try:
+    with closed_on_error(wire):
         code = wire.sock.connect_ex(address)
         if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
             yield deadline, wire, WRITE
             code = wire.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             raise OSError(code, os.strerror(code))
-    except BaseException:
-        wire.close()
-        raise
-    return wire
+        return wire
 
 
 def open_tunnel(wire, address, authorization, deadline):
@@ -2056,6 +2027,7 @@ class Carrier:
         self.now = self._next_look = time.monotonic()
         self._inbox, self._closed = deque(), False
         self.held = set()  # tasks, exchanges, clients: whatever has a deadline
+        self.keep_house = lambda: None  # what else is to be done at each look
         ring, bell = socket.socketpair()
         self._ring, self._bell = Wire(ring, self), Wire(bell, self)
         self._bell.watch(READ, lambda bell, _: bell.receive())
@@ -2111,6 +2083,7 @@ class Carrier:
     def _look(self):
         """See whose time is up, and which client has left behind more than is read ahead of it."""
         self._next_look = self.now + self.TICK
+        self._guard(self.keep_house)
         for thing in [*self.held]:
             self._guard(self._judge, thing)
 
@@ -2213,12 +2186,9 @@ class Client(Wire):
         self.watch(READ, self._hear_out)
 
     def _hear_out(self, *_):
-        try:
-            ended = self.receive() == b""
-        except OSError:
-            ended = True
-        if ended:
+        if self.look() is False:
             self.close()
+        self.ahead = b""
 
     def close(self, abruptly=False):
         self.carrier.held.discard(self)
@@ -2633,12 +2603,10 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 1024
     allow_reuse_port = False
     AT_ONCE = 64  # clients that are let in before others have their turn
-    PAUSE = 1.0  # seconds between two rounds of housekeeping, and without accepting when no descriptors are left
-    client = None  # what a carrier holds has one
 
     def __init__(self, settings, log):
         self.log, self.carrier, self.upstream = log, Carrier(log), None
-        self.draining, self.deadline = False, 0.0
+        self.draining = False
         self.clients, self.lingering = set(), set()
         self.name = "ollama_proxy-" + os.urandom(4).hex()  # by which it knows its own requests
         self._complained, self._stopped = {}, threading.Event()
@@ -2675,23 +2643,17 @@ class Server(ThreadingHTTPServer):
         """Be the carrier's thread until shutdown(); `poll_interval` is for the base class's callers."""
         try:
             self.keep_house()
+            self.carrier.keep_house = self.keep_house
             self.carrier.run()
         finally:
             self.carrier.close()
             self._stopped.set()
 
     def keep_house(self):
-        """What is due now and then; the carrier holds the server as it does all that has a deadline."""
+        """What is due now and then."""
         self.upstream.pool.prune()
         if not self.draining:
             self._door.watch(READ, self._knock)
-            self.deadline = time.monotonic() + self.PAUSE
-            self.carrier.held.add(self)
-
-    expire = keep_house
-
-    def stop(self):
-        """The carrier stops; the door is closed already."""
 
     def _knock(self, *_):
         """Let in some of those who wait; whether more may."""
@@ -2968,9 +2930,6 @@ def demo(environ):
     return run(server, environ)
 
 
-PATIENCE_OF_CHECK = 15.0  # seconds that an upstream may be silent
-
-
 def check(environ):
     """Print the settings, and what each upstream answers; 0 if all is well, else 1."""
     settings, warnings = Settings.load(environ)
@@ -2979,7 +2938,7 @@ def check(environ):
     for words in warnings:
         print(f"warning: {words}")
     carrier, good = Carrier(Log(os.devnull)), []  # what it would log is printed
-    settings.read_timeout = min(settings.read_timeout or PATIENCE_OF_CHECK, PATIENCE_OF_CHECK)
+    settings.read_timeout = min(settings.read_timeout or 15, 15)  # seconds; nobody waits longer for a verdict
 
     def probes():
         try:
