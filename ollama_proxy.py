@@ -64,6 +64,7 @@ import time
 import urllib.request
 from collections import deque, namedtuple
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from email.utils import formatdate
 from functools import lru_cache, wraps
 from http.client import responses as REASONS
@@ -410,11 +411,11 @@ class Settings:
             here = address.host == self.host or is_loopback(address.host) and (
                 address.host == "localhost" and is_loopback(self.host) or self.host in ("0.0.0.0", "::"))
             if here and address.port == self.port:
-                yield "PORT|HOST", f"the upstream {address.name} ({address}) is the proxy itself: set another PROXY_PORT"
+                yield "PORT|HOST", f"the upstream {address.name} ({address}) is this proxy: set another PROXY_PORT"
         if not self.auth_token and not is_loopback(self.host):
             yield "AUTH_TOKEN", (
-                f"PROXY_HOST={self.host} lets other machines in, and PROXY_AUTH_TOKEN is not set: set it to a token that "
-                "clients must present, or to off if whoever reaches the proxy may spend the key")
+                f"PROXY_HOST={self.host} lets other machines in, and PROXY_AUTH_TOKEN is not set: set it to a token "
+                "that clients must present, or to off if whoever reaches the proxy may spend the key")
 
     def doubts(self):
         """Yield warnings about values that are obeyed all the same."""
@@ -422,7 +423,7 @@ class Settings:
             if self.key(address) and address.scheme == "http" and not is_private(address.host):
                 yield f"the key of {address.name} travels in clear to {address}: use https"
         if self.api_key and not any(address.is_cloud for address in self.upstreams):
-            yield "OLLAMA_API_KEY is of no use: no upstream is called cloud or is ollama.com; PROXY_KEY_<NAME> is for others"
+            yield "OLLAMA_API_KEY is of no use: no upstream is called cloud or on ollama.com; see PROXY_KEY_<NAME>"
 
     @property
     def audience(self):
@@ -505,6 +506,9 @@ class Sources:
         return text
 
 
+ENV_LINE = re.compile(r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^"'\s#].*?)?)(?:\s+#.*)?""")
+
+
 def parse_env(text):
     """Parse the lines of a .env file to ({name: value}, [numbers of bad lines]); nothing is interpolated.
 
@@ -514,7 +518,7 @@ def parse_env(text):
     values, bad = {}, []
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
-        match = re.fullmatch(r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^"'\s#].*?)?)(?:\s+\#.*)?""", line)
+        match = ENV_LINE.fullmatch(line)
         if match:
             values[match[1]] = match[2] or match[3] or match[4] or ""
         elif line and line[0] != "#":
@@ -1091,16 +1095,6 @@ def caller_name(tokens, presented):
     return name
 
 
-@lru_cache(maxsize=256)
-def names_loopback(host):
-    """Whether a Host header, its port aside, means this machine.
-
-    >>> names_loopback("[::1]:11434"), names_loopback("localhost:11434"), names_loopback("evil.example")
-    (True, True, False)
-    """
-    return is_loopback(host[1:].partition("]")[0] if host[:1] == "[" else host.partition(":")[0])
-
-
 class Doorman:
     """Who may ask, by token, Host and Origin; made of the settings alone."""
 
@@ -1125,7 +1119,8 @@ class Doorman:
         if self.tokens:
             return
         host = (AUTHORITY.match(head.target) or [head.get("host")])[0].rpartition("/")[2][:260]
-        if not self.is_open and host and not names_loopback(host):
+        name = host[1:].partition("]")[0] if host[:1] == "[" else host.partition(":")[0]
+        if not self.is_open and host and not is_loopback(name):
             raise Refused(f"without a token only localhost is served, not the host {host}: set PROXY_AUTH_TOKEN "
                           "(off opens the proxy to whoever reaches it)", 403)
         chain = head.joined("x-forwarded-for")
@@ -1230,12 +1225,7 @@ def timestamp(seconds):
     >>> timestamp(0.0625)
     '1970-01-01T00:00:00.062Z'
     """
-    return second(int(seconds)) + ".%03dZ" % (seconds % 1 * 1000)
-
-
-@lru_cache(maxsize=8)
-def second(whole):
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")[:-6] + "Z"
 
 
 def printable(text, limit=200):
@@ -1290,7 +1280,7 @@ class Log:
         """Follow a log file that was moved away; raises OSError, and then goes on as before."""
         if path:
             # A pipe that nobody reads is an error; to wait for its reader would hold up the start.
-            stream = open(path, "ab", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK, 0o666))
+            stream = open(path, "ab", 0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK, 0o666))
         else:
             try:  # not sys.stderr, whose buffer and lock would hold up the exit if nobody reads
                 stream = open(2, "wb", buffering=0, closefd=False)
@@ -1322,11 +1312,12 @@ class Log:
                 taken.append(self._lines.get())
             lines = [line for line in taken if type(line) is str]
             lost, self._lost = self._lost, 0
-            told = self._event("warning", "log", f"{lost} lines were lost: the log could not be written") if lost else ""
+            if lost:
+                lines.append(self._event("warning", "log", f"{lost} lines were lost: the log could not be written"))
             try:
-                self._write(("".join(lines) + told).encode("utf-8", "backslashreplace"))
+                self._write("".join(lines).encode("utf-8", "backslashreplace"))
             except (OSError, ValueError):  # a broken pipe, a full disk: later lines may fare better
-                self._lost += lost + len(lines)
+                self._lost += lost + len(lines) - bool(lost)
             for written in taken:
                 if type(written) is not str:
                     written.set()
@@ -1402,7 +1393,7 @@ class Wire:
             return 0
 
     def look(self):
-        """Read what has come into `ahead`; True if anything has, None if nothing, False at the end, or after a reset."""
+        """Read what has come into `ahead`: True if anything has, None if nothing, False if the other side has left."""
         try:
             data = self.receive()
         except OSError:
@@ -1512,9 +1503,6 @@ def dial(carrier, address, proxy, deadline):
     host, port = proxy[:2] if proxy else (address.host, address.port)
     # For a name the network may be asked, which cannot be timed.
     places = yield from aside(carrier, ip_of(host), deadline, socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)
-    context = None
-    if address.scheme == "https":
-        context = yield from aside(carrier, tls_context.cache_info().currsize, deadline, tls_context)
     for number, place in enumerate(places):
         now = time.monotonic()
         share = now + (deadline - now) / (len(places) - number)  # a dead address leaves time for the next
@@ -1527,8 +1515,8 @@ def dial(carrier, address, proxy, deadline):
     with closed_on_error(wire):
         if proxy:
             yield from open_tunnel(wire, address, proxy[2], deadline)
-        if context:
-            yield from shake_hands(wire, context, address.host, deadline)
+        if address.scheme == "https":
+            yield from shake_hands(wire, address.host, deadline)
         return wire
 
 
@@ -1568,8 +1556,9 @@ def open_tunnel(wire, address, authorization, deadline):
         raise ConnectionError(f"the proxy of HTTPS_PROXY answered {head.status} {printable(head.reason)}")
 
 
-def shake_hands(wire, context, host, deadline):
+def shake_hands(wire, host, deadline):
     """Speak TLS on a connected wire."""
+    context = yield from aside(wire.carrier, tls_context.cache_info().currsize, deadline, tls_context)
     wire.watch(0)  # should this fail, the socket is closed by whoever has it by then
     wire.sock = context.wrap_socket(wire.sock, server_hostname=host, do_handshake_on_connect=False,
                                     suppress_ragged_eofs=False)
@@ -1615,7 +1604,6 @@ class Upload:
     SKIP = 8192  # bytes that are looked through to keep the connection of who was refused
 
     def __init__(self, client, size, expects, patience):
-        self.declared = size  # a number, CHUNKED, or None where the head speaks of no body
         self.decoder = Decoder(size or 0)
         self.received = 0
         self._client, self._expects = client, expects
@@ -1640,16 +1628,13 @@ class Upload:
 
     def whole(self, limit):
         """Return the body as bytes; raises Refused (413) beyond the limit."""
-        pieces, size, ahead = [], self.decoder.size, self._client.ahead
-        if 0 <= size <= min(limit, len(ahead)):  # nearly always
-            self._client.ahead, self.received, self.decoder.done = ahead[size:], size, True
-            return ahead[:size]
+        pieces = []
         while self.decoder.size <= limit >= self.received:
             piece = yield from self.more()
             if not piece:
                 return b"".join(pieces)
             pieces.append(piece)
-        raise Refused(f"the body is larger than PROXY_MAX_BODY, {limit} bytes", 413)
+        raise Refused(f"the body is larger than {limit} bytes (PROXY_MAX_BODY; less without a token)", 413)
 
     def skip(self):
         """Forget what of the body has come already; whether that was all of it."""
@@ -2223,7 +2208,8 @@ class Exchange:
     FRAMING = re.compile(rb"\r\n[0-9A-Fa-f]+\r\n")
 
     __slots__ = ("client", "wire", "record", "out", "bytes_out", "chunked", "keep", "outcome", "deadline", "_answer",
-                 "_decoder", "_pool", "_blocked", "_tail", "_before", "_silence", "_stall", "_mask", "_plain", "_counts", "_carrier")
+                 "_decoder", "_pool", "_blocked", "_tail", "_before", "_silence", "_stall", "_mask", "_plain",
+                 "_counts", "_carrier")
 
     def __init__(self, client, settings, keep):
         self.client, self.keep = client, keep  # whether the client's wire goes on after a whole answer
@@ -2335,7 +2321,8 @@ class Exchange:
 
     def leave(self):
         self.keep = False
-        said_all = self.record and not self.out and DONE.search(self._tail)  # OpenAI's SDKs do not wait for the chunks' end
+        # OpenAI's SDKs hang up at [DONE], and do not wait for the chunks' end.
+        said_all = self.record and not self.out and DONE.search(self._tail)
         self._finish("ok" if said_all else ClientLeft.outcome)
 
     def expire(self):
@@ -2504,7 +2491,7 @@ class Handler:
 
     def lines_up(self, infers, held):
         """The header lines of the request, but for the upstream's own Host and key; of its body, `held` bytes are."""
-        head, client, declared = self.head, self.client, self.upload.declared
+        head, client, declared = self.head, self.client, self.head.size
         trusted = is_trusted(client.address, self.settings.trusted)
         chain = head.all("x-forwarded-for") if trusted else ()
         host = trusted and head.get("x-forwarded-host") or head.get("host")
@@ -2609,7 +2596,7 @@ class Server(ThreadingHTTPServer):
         self.draining = False
         self.clients, self.lingering = set(), set()
         self.name = "ollama_proxy-" + os.urandom(4).hex()  # by which it knows its own requests
-        self._complained, self._stopped = {}, threading.Event()
+        self._complained = {}
         if ":" in settings.host:
             self.address_family = socket.AF_INET6
         super().__init__((settings.host, settings.port), Handler)
@@ -2647,7 +2634,6 @@ class Server(ThreadingHTTPServer):
             self.carrier.run()
         finally:
             self.carrier.close()
-            self._stopped.set()
 
     def keep_house(self):
         """What is due now and then."""
@@ -2733,9 +2719,8 @@ class Server(ThreadingHTTPServer):
         self._door.close()
 
     def shutdown(self):
-        """End serve_forever(), and wait until that has happened."""
-        self.carrier.call(self.carrier.close)
-        self._stopped.wait()
+        """End serve_forever()."""
+        self.carrier.perform(self.carrier.close)
 
 
 def raise_file_limit(clients):

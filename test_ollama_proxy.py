@@ -259,7 +259,7 @@ def test_what_does_not_go_together_is_named_with_all_other_bad_values_but_not_fo
     ("PROXY_ORIGINS", "https://a.example/x", "no paths"), ("PROXY_ORIGINS", ",", "expected origins"),
     ("PROXY_LOG", "/nowhere/log", "folder does not exist"), ("PROXY_PREFIX", "/t", "mean something here"),
     ("PROXY_PREFIX", "/-/x", "mean something here"), ("PROXY_PREFIX", "/a/../b", "expected a path"),
-    ("OLLAMA_ORIGIN", "http://127.0.0.1:11434", "is the proxy itself"), ("OLLAMA_ORIGIN", "http://localhost:11434", "is the proxy itself")])
+    ("OLLAMA_ORIGIN", "http://127.0.0.1:11434", "is this proxy"), ("OLLAMA_ORIGIN", "http://localhost:11434", "is this proxy")])
 def test_a_value_that_cannot_work_is_refused_and_the_words_say_why(name, value, words):
     assert words in complaints(**{name: value})
 
@@ -1032,7 +1032,7 @@ def test_an_https_proxy_is_used_for_remote_https_upstreams_with_its_password(ser
         monkeypatch.delenv("no_proxy", raising=False)
         monkeypatch.delenv("NO_PROXY", raising=False)
         monkeypatch.setattr(proxy, "is_loopback", lambda host: host in ("127.0.0.1",))
-        server = serve(PROXY_UPSTREAMS=f"cloud=https://localhost:{tls_upstream.port}")
+        server = serve(PROXY_UPSTREAMS=f"cloud=https://localhost:{tls_upstream.port}", PROXY_AUTH_TOKEN="off")
         assert server.get("GET", "/api/tags")[0] == 200
     assert seen[0].startswith(b"CONNECT localhost:%d HTTP/1.1\r\n" % tls_upstream.port)
     assert b"Proxy-Authorization: Basic bWU6cGFzcw==" in seen[0] and b"sk-upstream-key" not in seen[0]
