@@ -138,6 +138,7 @@ OFF = "off"
 TOKEN_TEXT = re.compile(r"[\x21-\x7e]+")
 NAME_TEXT = re.compile(r"[A-Za-z0-9._-]+")
 HOST_TEXT = re.compile(r"[A-Za-z0-9._-]+|\[?[0-9A-Fa-f:.]+\]?")
+ENV_LINE = re.compile(r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^"'\s#].*?)?)(?:\s+#.*)?""")
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -347,8 +348,8 @@ SETTINGS = (
     Setting("max_connections", "PROXY_MAX_CONNECTIONS", "1024",
             parser(r"[0-9]{1,6}", "a whole number from 1 to 999999", int, 1),
             "clients at once; one more gets 503 and `Retry-After`"),
-    Setting("max_body", "PROXY_MAX_BODY", "64M", size, "largest body held in memory to read its model name; larger "
-            "413; blobs stream, unlimited"),
+    Setting("max_body", "PROXY_MAX_BODY", "64M", size, "largest body of an inference call, which is held in "
+            "memory; larger 413; others stream, unlimited"),
     Setting("public_models", "PROXY_PUBLIC_MODELS", OFF, switch, "`on` answers model lists (`/api/tags`, `/v1/models`, "
             "`/api/show`) without a token, for clients that look before they log in"),
     Setting("trusted", "PROXY_TRUSTED", "", networks, "addresses or networks (`10.0.0.0/8, ::1`) of load balancers "
@@ -504,9 +505,6 @@ class Sources:
         if not text and name != "PROXY_ENV_FILE":
             self.problems.append(f"{name}: {path} is empty")
         return text
-
-
-ENV_LINE = re.compile(r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^"'\s#].*?)?)(?:\s+#.*)?""")
 
 
 def parse_env(text):
@@ -1026,7 +1024,7 @@ COUNTS = re.compile(rb'"(?:(prompt_eval_count|prompt_tokens|input_tokens)|'
                     rb"\s*:\s*([0-9]{1,12})(?=\s*[,}])")  # what follows tells that the number was not cut
 SSE_ERROR = re.compile(rb'^(?:data: ?\{"error":|event: ?(?:error|response\.failed)\b)', re.M)
 STREAM_END = re.compile(rb"\s*(?:data: ?\[DONE\])?\s*\Z")
-DONE = re.compile(rb"data: ?\[DONE\]\s*\Z")
+LAST_EVENT = re.compile(rb'data: ?(?:\[DONE\]|\{ ?"type": ?"message_stop" ?\})\s*\Z')
 
 
 def ends_in_error(tail):
@@ -1604,8 +1602,7 @@ class Upload:
     SKIP = 8192  # bytes that are looked through to keep the connection of who was refused
 
     def __init__(self, client, size, expects, patience):
-        self.decoder = Decoder(size or 0)
-        self.received = 0
+        self.decoder, self.received = Decoder(size or 0), 0
         self._client, self._expects = client, expects
         self._patience, self._left, self._fresh = patience, patience, 0
 
@@ -2322,7 +2319,7 @@ class Exchange:
     def leave(self):
         self.keep = False
         # OpenAI's SDKs hang up at [DONE], and do not wait for the chunks' end.
-        said_all = self.record and not self.out and DONE.search(self._tail)
+        said_all = self.record and not self.out and LAST_EVENT.search(self._tail)
         self._finish("ok" if said_all else ClientLeft.outcome)
 
     def expire(self):
@@ -2593,8 +2590,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, settings, log):
         self.log, self.carrier, self.upstream = log, Carrier(log), None
-        self.draining = False
-        self.clients, self.lingering = set(), set()
+        self.draining, self.clients, self.lingering = False, set(), set()
         self.name = "ollama_proxy-" + os.urandom(4).hex()  # by which it knows its own requests
         self._complained = {}
         if ":" in settings.host:
@@ -2852,8 +2848,7 @@ def carry(server):
         os._exit(1)
 
 
-# Blocked before there are threads, which they would strike else, these wait for run(); without a handler, nothing but
-# that has process 1 of a container obey signals at all.
+# Blocked before there are threads, they wait for run(); process 1 of a container gets no others.
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 
