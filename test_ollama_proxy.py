@@ -1324,6 +1324,20 @@ def test_a_look_that_its_asker_gave_up_says_nothing_of_the_upstream(serve, upstr
     assert server.get("GET", "/-/ready")[0] == 200 and looks == ["slow.example"]
 
 
+def test_a_stop_in_the_middle_of_a_look_is_no_bug(serve, upstream, monkeypatch):
+    looking, found, real = threading.Event(), threading.Event(), socket.getaddrinfo
+    monkeypatch.setattr(proxy.socket, "getaddrinfo", lambda host, *args, **kwargs: real("127.0.0.1", *args, **kwargs)
+                        if host != "slow.example" or looking.set() or found.wait(WAIT) else [])
+    server = serve(PROXY_UPSTREAMS=f"cloud=http://slow.example:{upstream.port}")
+    sock = server.ask("GET", "/-/ready")
+    assert looking.wait(WAIT)
+    server.server.drain(0)
+    found.set()
+    assert drain(sock).startswith(b"HTTP/1.1 503")
+    server.log.close()
+    assert "bug" not in server.log_path.read_text()
+
+
 def test_a_host_name_that_is_looked_up_for_ever_neither_outlasts_the_limit_nor_the_client(serve, upstream, monkeypatch):
     found, real = threading.Event(), socket.getaddrinfo
     monkeypatch.setattr(proxy.socket, "getaddrinfo", lambda host, *args, **kwargs: real(host, *args, **kwargs)
