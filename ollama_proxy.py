@@ -159,18 +159,8 @@ switch = parser(r"(?i)on|true|yes|1|off|false|no|0", "on or off",
 mount_path = parser(r"(/(?!\.\.?(/|$))[\x21-\x22\x24-\x2e\x30-\x3e\x40-\x7e]+)*/*",
                     "a path such as /api/ollama-proxy", lambda text: text.rstrip("/"))
 prefix = parser(r"(?!/+[t-](/|$)).*", "a path that does not start with /t or /-, which mean something here", mount_path)
-
-
-def size(text):
-    """Parse a size in bytes.
-
-    >>> size("64M") == 64 * 1024 * 1024
-    True
-    """
-    match = re.fullmatch(r"([1-9][0-9]{0,11}) ?([KMG]?)(?:i?B)?", text, re.I)
-    if not match:
-        raise ValueError("expected a size such as 500K, 64M or 1G")
-    return int(match[1]) * UNITS[match[2].upper()]
+size = parser(r"(?i)[1-9][0-9]{0,11} ?[KMG]?(i?B)?", "a size such as 500K, 64M or 1G",
+              lambda text: int(re.match("[0-9]+", text)[0]) * UNITS[re.sub("[^KMG]", "", text.upper())])
 
 
 def words_of(text):
@@ -178,6 +168,7 @@ def words_of(text):
 
 
 def networks(text):
+    """Parse addresses and networks to ip_network objects."""
     try:
         return tuple(ipaddress.ip_network(word, strict=False) for word in words_of(text))
     except ValueError:
@@ -185,6 +176,7 @@ def networks(text):
 
 
 def origins(text):
+    """Parse origins, whose hosts may hold `*`; a slash behind them is forgiven."""
     words = tuple(word.rstrip("/") for word in words_of(text))
     if not words or not all(re.fullmatch(r"\*|null|[^/]+://[^/]*", word) for word in words):
         raise ValueError("expected origins such as https://app.example, https://*.example, null, or *; no paths")
@@ -200,6 +192,7 @@ def listen_host(text):
 
 
 def log_path(text):
+    """Accept a path in a folder that exists."""
     if not os.path.isdir(os.path.dirname(os.path.abspath(text))):
         raise ValueError("its folder does not exist")
     return text
@@ -317,6 +310,7 @@ class Address(namedtuple("Address", "name scheme host port mount")):
 
 
 def upstreams(text):
+    """Parse the one upstream to (Address,)."""
     words = [word.strip() for word in text.split(",") if word.strip()]
     if len(words) != 1:
         raise ValueError("expected one upstream, name=url")
@@ -681,20 +675,20 @@ NOT_SENT_DOWN = HOP_BY_HOP | frozenset(
     "x-accel-buffering".split())
 
 
-def once(make):
-    """Have a function remember what it made of a head in that head's `made`, and so not for longer than the head."""
+def kept_with_head(make):
+    """Have a function keep what it made of a head in that head's `made`, and so for no longer than the head lives."""
     @wraps(make)
-    def made(head, argument=None):
+    def known(head, argument=None):
         key = make, argument
         try:
             return head.made[key]
         except KeyError:
             head.made[key] = make(head) if argument is None else make(head, argument)
             return head.made[key]
-    return made
+    return known
 
 
-@once
+@kept_with_head
 def fields_up(head, identity):
     """The lines of a request's end-to-end headers; with `identity`, an answer without compression is asked for."""
     barred = NOT_SENT_UP | head.tokens("connection") | ({"accept-encoding"} if identity else set())
@@ -702,7 +696,7 @@ def fields_up(head, identity):
     return "".join(lines) + ("Accept-Encoding: identity\r\n" if identity else "")
 
 
-@once
+@kept_with_head
 def fields_down(head, key):
     """The lines of an answer's headers that are the client's business, without the key should an upstream echo it."""
     barred = NOT_SENT_DOWN | head.tokens("connection")
@@ -864,10 +858,11 @@ class Decoder:
         return payload
 
     def follow(self, data, take=None):
-        """Follow chunks without decoding them, but for what `take` is to have of their payload.
+        """Follow chunks without decoding them; `take` is called with each piece of payload.
 
-        Returns (how much payload is among these bytes, the bytes to pass on: no trailer, and no size line before it
-        is whole). Malformed chunks are no longer among them, but stand in `error`; a malformed trailer is raised.
+        Returns (how much payload these bytes hold, the bytes to pass on). A size line is held back until it is whole,
+        while the CRLF before it is passed on: `_line` keeps both. Trailers stop here. What is malformed is not passed
+        on, and stands in `error`; only a malformed trailer is raised.
         """
         at, before, line = self._left, 0, b""
         if self._trailer:
@@ -1075,6 +1070,7 @@ def credentials(head, path_token):
 
 
 def basic_password(text):
+    """The password of a Basic credential, as bytes; b"" if it is none."""
     try:
         return base64.b64decode(text, validate=True).partition(b":")[2]
     except ValueError:
@@ -1103,7 +1099,7 @@ class Doorman:
         self.cors_unseen = "Access-Control-Allow-Origin: *\r\n" if self.any_origin else ""
         self.origins = tuple(re.compile(re.escape(word).replace(r"\*", "[^/]*"), re.I) for word in settings.origins)
         for judge in "check_place", "admit", "cors":  # the same head is judged the same way each time
-            setattr(self, judge, once(getattr(self, judge)))
+            setattr(self, judge, kept_with_head(getattr(self, judge)))
 
     def allows_origin(self, origin):
         return (self.any_origin or bool(APP_ORIGINS.fullmatch(origin))
@@ -1418,7 +1414,7 @@ class Wire:
         if end > HEAD_LIMIT or end < 0 and len(data) > HEAD_LIMIT:
             raise Malformed("the headers are longer than 64 KiB", 431)
         if end < 0:
-            first = data.find(b"\n")  # of the others, one at the end; what lies between is found when it is parsed
+            first = data.find(b"\n")  # only this one and the newest are looked at here, the parser looks at all
             if first >= 0 and data[first - 1:first] != b"\r" or data[-1:] == b"\n" and data[-2:] != CRLF:
                 raise Malformed("a line ends in LF without CR")
             return None
@@ -1458,8 +1454,8 @@ def next_head(wire, deadline):
         wire.ahead += data or b""
 
 
-def answers(wire):
-    """Look whether an upstream answers in the middle of a request, or hangs up; 1xx are no answers, and forgotten."""
+def has_answered(wire):
+    """Read what an upstream says in the middle of a request; whether that is an answer, or the end. 1xx are dropped."""
     came = wire.look()
     if not came:
         return came is False
@@ -1470,7 +1466,7 @@ def answers(wire):
 
 
 def aside(carrier, quick, deadline, work, *arguments):
-    """Do some work, in a thread unless it is quick, for everybody else would have to wait; return what it returns."""
+    """Do work in a thread while the task waits, or at once if it is `quick`; return what it returns."""
     if quick:
         return work(*arguments)
     task, ticket, outcome = carrier.current, carrier.current.ticket, []
@@ -1500,15 +1496,16 @@ def dial(carrier, address, proxy, deadline):
     """
     host, port = proxy[:2] if proxy else (address.host, address.port)
     # For a name the network may be asked, which cannot be timed.
-    places = yield from aside(carrier, ip_of(host), deadline, socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)
-    for number, place in enumerate(places):
+    candidates = yield from aside(carrier, ip_of(host), deadline,
+                                  socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)
+    for number, candidate in enumerate(candidates):
         now = time.monotonic()
-        share = now + (deadline - now) / (len(places) - number)  # a dead address leaves time for the next
+        share = now + (deadline - now) / (len(candidates) - number)  # a dead address leaves time for the next
         try:
-            wire = yield from connect(carrier, place, share)
+            wire = yield from connect(carrier, candidate, share)
             break
         except OSError:
-            if place is places[-1]:
+            if candidate is candidates[-1]:
                 raise
     with closed_on_error(wire):
         if proxy:
@@ -1520,6 +1517,7 @@ def dial(carrier, address, proxy, deadline):
 
 @contextmanager
 def closed_on_error(wire):
+    """Close a wire should what is done with it fail."""
     try:
         yield
     except BaseException:
@@ -1527,8 +1525,9 @@ def closed_on_error(wire):
         raise
 
 
-def connect(carrier, place, deadline):
-    family, kind, protocol, _, address = place
+def connect(carrier, candidate, deadline):
+    """Connect a new wire to one of getaddrinfo's results."""
+    family, kind, protocol, _, address = candidate
     wire = Wire(socket.socket(family, kind, protocol), carrier)
     with closed_on_error(wire):
         code = wire.sock.connect_ex(address)
@@ -1542,9 +1541,9 @@ def connect(carrier, place, deadline):
 
 def open_tunnel(wire, address, authorization, deadline):
     """Have an HTTP proxy connect this wire to the upstream (RFC 9110, section 9.3.6)."""
-    place = f"{f'[{address.host}]' if ':' in address.host else address.host}:{address.port}"
-    lines = f"Host: {place}\r\n" + (f"Proxy-Authorization: {authorization}\r\n" if authorization else "")
-    data = head_bytes(f"CONNECT {place} HTTP/1.1\r\n", lines)
+    authority = f"{f'[{address.host}]' if ':' in address.host else address.host}:{address.port}"
+    lines = f"Host: {authority}\r\n" + (f"Proxy-Authorization: {authorization}\r\n" if authorization else "")
+    data = head_bytes(f"CONNECT {authority} HTTP/1.1\r\n", lines)
     while data:
         data = data[wire.send(data):]
         if data:
@@ -1557,7 +1556,7 @@ def open_tunnel(wire, address, authorization, deadline):
 def shake_hands(wire, host, deadline):
     """Speak TLS on a connected wire."""
     context = yield from aside(wire.carrier, tls_context.cache_info().currsize, deadline, tls_context)
-    wire.watch(0)  # should this fail, the socket is closed by whoever has it by then
+    wire.watch(0)  # wrap_socket() takes the descriptor, and closes it if it fails
     wire.sock = context.wrap_socket(wire.sock, server_hostname=host, do_handshake_on_connect=False,
                                     suppress_ragged_eofs=False)
     while True:
@@ -1657,7 +1656,7 @@ class Upload:
         watched = (self._client, READ) + ((upstream, READ) if upstream else ())
         try:
             ready = yield (began + self._left, *watched)
-            while ready is upstream and not answers(upstream):
+            while ready is upstream and not has_answered(upstream):
                 ready = yield (began + self._left, *watched)
         except TimeoutError:
             raise Refused("the body of the request came too slowly", 408) from None
@@ -1678,7 +1677,7 @@ class Upload:
 
 
 class Ask(urllib.request.Request):
-    """A request as urllib's handlers see it, and what it is to them only luggage.
+    """urllib's Request, and what our own handler sends: urllib reads `host` and `type`, and the rest is ours.
 
     `selector` is the target; `head` all bytes of the head; then comes `body`, bytes in memory, or `upload`.
     `sent` and `heard` say whether anything has gone up, or come down.
@@ -1794,7 +1793,7 @@ class Upstream(urllib.request.BaseHandler):
     https_open = http_open
 
     def is_reachable(self):
-        """Whether it can be connected to, by traffic or a look in the last FRESH seconds; sends no request."""
+        """Whether a connection was made or found open in the last FRESH seconds, or can be now; sends no request."""
         if time.monotonic() - self._seen_at > self.FRESH:
             task = self._carrier.current
             if not self._askers:  # the look is a task of its own, and so outlives who asks for it
@@ -1881,7 +1880,7 @@ class Upstream(urllib.request.BaseHandler):
             if not data:
                 return True
             yield self._deadline(), wire, READ | WRITE
-            if answers(wire):
+            if has_answered(wire):
                 return False
 
     def _push_upload(self, wire, ask):
@@ -1932,6 +1931,7 @@ class Task:
     """One line of work: a generator that yields what it waits for (see Wires). Without work, it is over.
 
     While it waits for something else, it watches its client: when that leaves, ClientLeft comes out of the yield.
+    `ticket` is the number of the present wait: who wakes it late has an old one, and wakes nobody.
     """
 
     __slots__ = ("client", "deadline", "ticket", "_carrier", "_steps", "_wires")
@@ -1959,8 +1959,8 @@ class Task:
         for wire, event in zip(wires, events):
             wire.watch(event, self._ready)
         if self.client and self.client not in wires:
-            self.client.watch(self.client.heard, self._hear_client)
-        self._carrier.held.add(self)
+            self.client.watch(self.client.listening, self._hear_client)
+        self._carrier.waiting.add(self)
 
     def wake(self, ticket):
         """Go on after a wait without wires, if it is still the one with this ticket."""
@@ -1983,7 +1983,7 @@ class Task:
         if client.hear():
             self.leave()
         else:
-            client.watch(client.heard, self._hear_client)
+            client.watch(client.listening, self._hear_client)
 
     def _let_go(self, wires=()):
         for wire in self._wires:
@@ -1993,7 +1993,7 @@ class Task:
     def _end(self):
         self.ticket += 1
         self._let_go()
-        self._carrier.held.discard(self)
+        self._carrier.waiting.discard(self)
 
 
 class Carrier:
@@ -2008,7 +2008,7 @@ class Carrier:
         self.buffer = memoryview(bytearray(PIECE))
         self.now = self._next_look = time.monotonic()
         self._inbox, self._closed = deque(), False
-        self.held = set()  # tasks, exchanges, clients: whatever has a deadline
+        self.waiting = set()  # tasks, exchanges, clients: whatever has a deadline
         self.keep_house = lambda: None  # what else is to be done at each look
         ring, bell = socket.socketpair()
         self._ring, self._bell = Wire(ring, self), Wire(bell, self)
@@ -2037,7 +2037,7 @@ class Carrier:
 
     def stop(self):
         """Cut what is left."""
-        for thing in [*self.held]:
+        for thing in [*self.waiting]:
             self._guard(thing.stop)
 
     def close(self):
@@ -2066,13 +2066,13 @@ class Carrier:
         """See whose time is up, and which client has left behind more than is read ahead of it."""
         self._next_look = self.now + self.TICK
         self._guard(self.keep_house)
-        for thing in [*self.held]:
+        for thing in [*self.waiting]:
             self._guard(self._judge, thing)
 
     def _judge(self, thing):
         if self.now > thing.deadline:
             thing.expire()
-        elif thing.client and not thing.client.heard and thing.client.has_left():
+        elif thing.client and not thing.client.listening and thing.client.has_left():
             thing.leave()
 
     def _guard(self, act, *arguments):
@@ -2087,16 +2087,16 @@ class Carrier:
         thing = getattr(act, "__self__", None) if act != self._judge else thing
         for wire in (thing, getattr(thing, "client", None), getattr(thing, "wire", None)):
             if isinstance(wire, Wire):
-                self.held.discard(thing)
+                self.waiting.discard(thing)
                 wire.close(abruptly=True)
 
 
 def describe(bug):
     """Say where an exception that nobody expected came from, in one line."""
-    place = bug.__traceback__
-    while place.tb_next:
-        place = place.tb_next
-    return f"{type(bug).__name__}: {bug} (line {place.tb_lineno}, {place.tb_frame.f_code.co_name})"
+    step = bug.__traceback__
+    while step.tb_next:
+        step = step.tb_next
+    return f"{type(bug).__name__}: {bug} (line {step.tb_lineno}, {step.tb_frame.f_code.co_name})"
 
 
 class Client(Wire):
@@ -2113,8 +2113,8 @@ class Client(Wire):
         self.address, self.deadline, self._server = address, FOR_EVER, server
 
     @property
-    def heard(self):
-        """The events by which to notice what it says while it waits for an answer."""
+    def listening(self):
+        """The events by which its leaving is noticed while it waits for an answer, and what it says is read ahead."""
         return READ if len(self.ahead) <= self.AHEAD else 0
 
     def hear(self):
@@ -2135,7 +2135,7 @@ class Client(Wire):
     def listen(self, patience):
         """Wait for a request, for so many seconds."""
         self.deadline = time.monotonic() + patience
-        self.carrier.held.add(self)
+        self.carrier.waiting.add(self)
         self.watch(READ, self.wake)
 
     @property
@@ -2151,7 +2151,7 @@ class Client(Wire):
 
     def _meet(self):
         if self.act == self.wake:  # else it was closed meanwhile
-            self.carrier.held.discard(self)
+            self.carrier.waiting.discard(self)
             self._server.finish_request(self, self.address)
 
     def linger(self):
@@ -2163,7 +2163,7 @@ class Client(Wire):
         if len(self._server.lingering) >= self.LINGERERS:
             return self.close()
         self.deadline = time.monotonic() + self.LINGER
-        self.carrier.held.add(self)
+        self.carrier.waiting.add(self)
         self._server.lingering.add(self)
         self.watch(READ, self._hear_out)
 
@@ -2173,7 +2173,7 @@ class Client(Wire):
         self.ahead = b""
 
     def close(self, abruptly=False):
-        self.carrier.held.discard(self)
+        self.carrier.waiting.discard(self)
         self._server.lingering.discard(self)
         self._server.clients.discard(self)
         super().close(abruptly)
@@ -2201,11 +2201,11 @@ class Exchange:
     body has ended, one way or the other. An answer of the proxy's own has no upstream: it is all `out`.
     """
 
-    TAIL = 2048  # bytes of the body that are kept at the least, to find its token counts in
+    TAIL, SHORT = 2048, 512  # bytes that are kept of each of the last two pieces, to find token counts; short ones join
     FRAMING = re.compile(rb"\r\n[0-9A-Fa-f]+\r\n")
 
     __slots__ = ("client", "wire", "record", "out", "bytes_out", "chunked", "keep", "outcome", "deadline", "_answer",
-                 "_decoder", "_pool", "_blocked", "_tail", "_before", "_silence", "_stall", "_mask", "_plain",
+                 "_decoder", "_pool", "_blocked", "_tail", "_before", "_silence", "_stall", "_mask", "_passes_chunks",
                  "_counts", "_carrier")
 
     def __init__(self, client, settings, keep):
@@ -2228,7 +2228,7 @@ class Exchange:
         self._counts = counts and answer.head.status < 400 and not answer.head.get("content-encoding")
         if upstream.mask and answer.head.status >= 300:
             self._mask = Mask(upstream.mask.encode())
-        self._plain = chunked and self._decoder.size == CHUNKED and not self._mask
+        self._passes_chunks = chunked and self._decoder.size == CHUNKED and not self._mask
         data, self.wire.ahead = self.wire.ahead, b""
         if self._decoder.done:
             self._decoder.rest = data
@@ -2251,7 +2251,7 @@ class Exchange:
         """Take bytes from the upstream; b"" is its end."""
         decoder = self._decoder
         try:
-            if self._plain:
+            if self._passes_chunks:
                 size, out = decoder.follow(data)
             else:
                 out = decoder.feed(data)
@@ -2264,11 +2264,11 @@ class Exchange:
         if decoder.error:
             self.outcome = UpstreamLost.outcome
         self.bytes_out += size
-        if len(self._tail) < self.TAIL:
+        if len(self._tail) < self.SHORT:
             self._tail += out[-self.TAIL:]
         else:
             self._before, self._tail = self._tail, out[-self.TAIL:]
-        if self.chunked and not self._plain:
+        if self.chunked and not self._passes_chunks:
             out = as_chunk(out) if out else b""
         self.out = self.out + out if self.out else out
         if decoder.done or not data:
@@ -2279,7 +2279,7 @@ class Exchange:
             self.outcome = UpstreamLost.outcome
             return
         if self.chunked:
-            self.out += CRLF if self._plain else b"0\r\n\r\n"
+            self.out += CRLF if self._passes_chunks else b"0\r\n\r\n"
         self.outcome = "ok"
 
     def _flush(self):
@@ -2303,8 +2303,8 @@ class Exchange:
 
     def _listen(self, blocked):
         self._blocked = blocked
-        self._carrier.held.add(self)
-        self.client.watch(self.client.heard | (WRITE if blocked else 0), self._from_client)
+        self._carrier.waiting.add(self)
+        self.client.watch(self.client.listening | (WRITE if blocked else 0), self._from_client)
         if self.wire:
             self.wire.watch(0 if blocked else READ, self._from_upstream)
 
@@ -2339,7 +2339,7 @@ class Exchange:
     def _finish(self, outcome):
         """Account for the exchange, and let the client go on, or go."""
         client = self.client
-        self._carrier.held.discard(self)
+        self._carrier.waiting.discard(self)
         self._release()
         if self.record:
             self.record.ended(outcome)
@@ -2353,7 +2353,7 @@ class Exchange:
 
     def _account(self):
         record, tail = self.record, self._before + self._tail
-        tail = self.FRAMING.sub(b"", tail) if self._plain else tail
+        tail = self.FRAMING.sub(b"", tail) if self._passes_chunks else tail
         if record.outcome == "ok" and (record.status >= 400 or ends_in_error(tail)):
             record.outcome = "error"
         if self._counts:
@@ -2479,20 +2479,20 @@ class Handler:
             if path == "/embeddings":
                 is_openai = b"input" in (yield from aside(carrier, quick, None, members, body))
                 path = "/v1/embeddings" if is_openai else "/api/embeddings"
-        asked = (head.method, path + self.target.query, self.lines_up(infers, len(body)), body,
+        size = len(body) if infers or self.is_stranger and head.size is not None else head.size
+        asked = (head.method, path + self.target.query, self.lines_up(infers, size), body,
                  None if upload.decoder.done else upload)
         if path == "/api/version":
             yield from self.give_version(asked)
         else:
             self.give((yield from self.upstream.ask(*asked)), infers)
 
-    def lines_up(self, infers, held):
-        """The header lines of the request, but for the upstream's own Host and key; of its body, `held` bytes are."""
-        head, client, declared = self.head, self.client, self.head.size
+    def lines_up(self, infers, size):
+        """The header lines of the request, but for the upstream's own Host and key; `size` is that of its body."""
+        head, client = self.head, self.client
         trusted = is_trusted(client.address, self.settings.trusted)
         chain = head.all("x-forwarded-for") if trusted else ()
         host = trusted and head.get("x-forwarded-host") or head.get("host")
-        size = held if held or infers else declared if declared != CHUNKED or not self.upload.decoder.done else 0
         return "".join((
             fields_up(head, infers),
             "" if size is None else TE_CHUNKED if size == CHUNKED else f"Content-Length: {size}\r\n",
@@ -2638,7 +2638,7 @@ class Server(ThreadingHTTPServer):
             self._door.watch(READ, self._knock)
 
     def _knock(self, *_):
-        """Let in some of those who wait; whether more may."""
+        """Let in some of those who wait; whether more may be waiting."""
         for _ in range(self.AT_ONCE):
             try:
                 self.process_request(*self.get_request())

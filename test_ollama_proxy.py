@@ -1317,7 +1317,7 @@ def test_a_look_that_its_asker_gave_up_says_nothing_of_the_upstream(serve, upstr
     server = serve(PROXY_UPSTREAMS=f"cloud=http://slow.example:{upstream.port}")
     for _ in range(3):
         sock = server.ask("GET", "/-/ready")
-        until(lambda: any(isinstance(held, proxy.Task) and held.client for held in [*server.server.carrier.held]))
+        until(lambda: any(isinstance(held, proxy.Task) and held.client for held in [*server.server.carrier.waiting]))
         leave(sock, True)
         until(lambda: not server.server.clients)
     found.set()
@@ -1688,7 +1688,7 @@ def test_a_slow_reader_holds_a_bounded_piece_and_slows_nobody(server, upstream):
     server.ask("GET", "/big", sock=sock)
     assert upstream.go_on.wait(WAIT) and sum(sent) < 30_000_000
     assert server.get("GET", "/api/tags")[0] == 200
-    held, = [held for held in server.server.carrier.held if isinstance(held, proxy.Exchange)]
+    held, = [held for held in server.server.carrier.waiting if isinstance(held, proxy.Exchange)]
     assert 0 < len(held.out) <= 2 * proxy.PIECE
 
 
@@ -1764,7 +1764,7 @@ def test_a_client_that_leaves_while_it_blocks_its_answer_is_noticed(server, upst
         upstream.left.set()
     upstream.play = play
     sock = server.ask("GET", "/big")
-    until(lambda: any(isinstance(held, proxy.Exchange) and held.out for held in [*server.server.carrier.held]))
+    until(lambda: any(isinstance(held, proxy.Exchange) and held.out for held in [*server.server.carrier.waiting]))
     leaves(server, upstream, sock, abruptly)
 
 
@@ -1835,7 +1835,7 @@ def test_a_client_that_leaves_while_the_upstream_does_not_accept_is_noticed(serv
         filler.connect_ex(full.getsockname())
     server = serve(PROXY_UPSTREAMS=f"cloud=http://127.0.0.1:{full.getsockname()[1]}")
     sock = server.ask("POST", "/api/chat", CHAT)
-    until(lambda: any(isinstance(held, proxy.Task) for held in [*server.server.carrier.held]))
+    until(lambda: any(isinstance(held, proxy.Task) for held in [*server.server.carrier.waiting]))
     began = time.monotonic()
     leave(sock, abruptly)
     assert server.lines()[0]["outcome"] == "client_left" and time.monotonic() - began < 1
@@ -2146,7 +2146,7 @@ def test_nothing_leaks_after_hundreds_of_aborted_requests(server, upstream, coun
     until(lambda: not server.server.clients)
     until(lambda: len(os.listdir("/proc/self/task")) <= threads + 5)
     carrier = server.server.carrier
-    until(lambda: not carrier.held and len(carrier.wires) == 2 + len(server.server.upstream.pool._wires))
+    until(lambda: not carrier.waiting and len(carrier.wires) == 2 + len(server.server.upstream.pool._wires))
 
 
 @pytest.mark.parametrize("size", [300_000_000, pytest.param(2_000_000_000, id="soak")])
