@@ -46,12 +46,14 @@ import _thread
 import base64
 import errno
 import gc
+import hmac
 import ipaddress
 import json
 import os
 import queue
 import random
 import re
+import resource
 import select
 import selectors
 import signal
@@ -138,7 +140,8 @@ OFF = "off"
 TOKEN_TEXT = re.compile(r"[\x21-\x7e]+")
 NAME_TEXT = re.compile(r"[A-Za-z0-9._-]+")
 HOST_TEXT = re.compile(r"[A-Za-z0-9._-]+|\[?[0-9A-Fa-f:.]+\]?")
-ENV_LINE = re.compile(r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^"'\s#].*?)?)(?:\s+#.*)?""")
+ENV_LINE = re.compile(r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:"([^"]*)"|'([^']*)'|(.*?))(?:\s+#.*)?""")
+HTTP_PROXY = re.compile(r"(?i)((http://)?([^/\s]*@)?([^/\s@:]+|\[[^/\s@]+\])(:[0-9]{1,5})?(/.*)?)?")
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -177,7 +180,7 @@ def networks(text):
 
 def origins(text):
     """Parse origins, whose hosts may hold `*`; a slash behind them is forgiven."""
-    words = tuple(word.rstrip("/") for word in words_of(text))
+    words = tuple(re.sub("(?<=[^/])/$", "", word) for word in words_of(text))
     if not words or not all(re.fullmatch(r"\*|null|[^/]+://[^/]*", word) for word in words):
         raise ValueError("expected origins such as https://app.example, https://*.example, null, or *; no paths")
     return words
@@ -302,6 +305,11 @@ class Address(namedtuple("Address", "name scheme host port mount")):
         return self.name == "cloud" or self.is_ollama_com
 
     @property
+    def needs_proxy(self):
+        """Whether HTTPS_PROXY is for it: a key in clear over an HTTP_PROXY is never sent."""
+        return self.scheme == "https" and not is_loopback(self.host) and not urllib.request.proxy_bypass(self.host)
+
+    @property
     def key_name(self):
         return "PROXY_KEY_" + re.sub(r"[^A-Z0-9]", "_", self.name.upper())
 
@@ -366,7 +374,7 @@ class Settings:
     def __init__(self):
         for setting in SETTINGS:
             setattr(self, setting.field, setting.parse(setting.default) if setting.default else "")
-        self.keys, self.given = {}, {}
+        self.given = {}
 
     @classmethod
     def load(cls, environ):
@@ -377,6 +385,7 @@ class Settings:
         sources, settings = Sources(environ), cls()
         for setting in SETTINGS:
             sources.give(settings, vars(settings), setting.field, setting, setting.name, *setting.aliases)
+        settings.keys = {}
         for address in settings.upstreams:
             sources.give(settings, settings.keys, address.name, SETTINGS[0], address.key_name)
         settings.judge(sources.problems)
@@ -396,12 +405,12 @@ class Settings:
     def _contradictions(self):
         """Yield (pattern of the settings that a bad value of which may be the cause, words)."""
         if any(address.is_ollama_com and not self.key(address) for address in self.upstreams):
-            yield "KEY|UPSTREAMS|_URL|ORIGIN", (
+            yield r"KEY|UPSTREAMS|_URL|OLLAMA_ORIGIN\b", (
                 "OLLAMA_API_KEY is not set: make a key at https://ollama.com/settings/keys and set it, or name another "
                 "server in PROXY_UPSTREAMS; `ollama_proxy.py demo` runs without a key")
         proxy = urllib.request.getproxies_environment().get("https", "")
-        if not re.fullmatch(r"((http://)?([^/\s@]*@)?([^/\s@:]+|\[[^/\s@]+\])(:[0-9]{1,5})?/?)?", proxy):
-            yield "HTTPS_PROXY", "HTTPS_PROXY is not a URL such as http://proxy.example:3128"
+        if not HTTP_PROXY.fullmatch(proxy) and any(address.needs_proxy for address in self.upstreams):
+            yield "HTTPS_PROXY", "HTTPS_PROXY is not the URL of an HTTP proxy, such as http://proxy.example:3128"
         for address in self.upstreams:
             here = address.host == self.host or is_loopback(address.host) and (
                 address.host == "localhost" and is_loopback(self.host) or self.host in ("0.0.0.0", "::"))
@@ -509,9 +518,9 @@ def parse_env(text):
     """
     values, bad = {}, []
     for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip()
+        line = re.sub(r"^([^=\"']*)=\s+#.*", r"\1=", line.strip())
         match = ENV_LINE.fullmatch(line)
-        if match:
+        if match and not re.match(r"""(["'])((?!\1).)*$""", match[4] or ""):  # a quote that is never closed
             values[match[1]] = match[2] or match[3] or match[4] or ""
         elif line and line[0] != "#":
             bad.append(number)
@@ -713,7 +722,7 @@ LISTS = frozenset(["GET /api/tags", "HEAD /api/tags", "GET /v1/models", "HEAD /v
 OWN_ALIASES = {"/healthz": "/-/health", "/readyz": "/-/ready", "/metrics": "/-/metrics"}
 AUTHORITY = re.compile(r"https?://[^/?#@]+(?=[/?#]|\Z)", re.I)
 LAST_PREFIX = re.compile(r"(?:/+(?:api|v1)(?=/|$))*/+(api|v1)(?:/+|$)")
-TOKEN_SEGMENT = re.compile(r"(/(?:t|%74|%54)/+)([^/]+)", re.I)
+TOKEN_SEGMENT = re.compile(r"(?:/(?:t|%74)(?=/))+/+([^/]+)", re.I)
 DOT_SEGMENT = re.compile(r"(?:^|/)\.\.?(?:;[^/]*)?(?:/|$)")
 
 
@@ -756,7 +765,9 @@ def parse_target(target, prefix=""):
 
 def strip_mounts(path, prefix):
     """Take PROXY_PREFIX and /t/TOKEN, in either order, off a path: (path, token or None, path fit for a log)."""
-    token, shown = None, TOKEN_SEGMENT.sub(r"\1***", path)
+    token, shown = None, path[:500]
+    for match in TOKEN_SEGMENT.finditer(shown):
+        shown = shown.replace("/" + match[1], "/***")
     for _ in range(2):  # a base URL may have been set twice
         if prefix and (path + "/").startswith(prefix + "/"):
             path = path[len(prefix):] or "/"
@@ -1018,15 +1029,15 @@ COUNTS = re.compile(rb'"(?:(prompt_eval_count|prompt_tokens|input_tokens)|'
                     rb'(eval_count|completion_tokens|output_tokens))"'
                     rb"\s*:\s*([0-9]{1,12})(?=\s*[,}])")  # what follows tells that the number was not cut
 SSE_ERROR = re.compile(rb'^(?:data: ?\{"error":|event: ?(?:error|response\.failed)\b)', re.M)
-STREAM_END = re.compile(rb"\s*(?:data: ?\[DONE\])?\s*\Z")
-LAST_EVENT = re.compile(rb'data: ?(?:\[DONE\]|\{ ?"type": ?"message_stop" ?\})\s*\Z')
+LAST_EVENT = re.compile(rb'data: ?(?:\[DONE\]|\{ ?"type": ?"message_stop" ?\})\Z')
 
 
 def ends_in_error(tail):
     """Whether a stream's last line or event is an error, as Ollama and OpenAI write it."""
     if b"error" not in tail and b"failed" not in tail:
         return False
-    event = STREAM_END.sub(b"", tail).rpartition(b"\n\n")[2]
+    tail = tail.rstrip()
+    event = (tail[:-12].rstrip() if tail.endswith(b"data: [DONE]") else tail).rpartition(b"\n\n")[2]
     return bool(SSE_ERROR.search(event)) or event.rpartition(b"\n")[2].startswith(b'{"error":')
 
 
@@ -1079,8 +1090,6 @@ def basic_password(text):
 
 def caller_name(tokens, presented):
     """The name whose token is among the presented credentials, or None; takes as long whichever it is."""
-    import hmac  # slow to load, and not for everybody
-
     name = None
     for credential in presented:
         for candidate, token in tokens:
@@ -1135,9 +1144,8 @@ class Doorman:
             words = ("this token is not one of PROXY_AUTH_TOKEN" if presented else
                      "a token is needed: send it as Authorization: Bearer TOKEN, or in the path, /t/TOKEN/...")
             raise Refused(words, 401, [("WWW-Authenticate", "Bearer")])
-        for match in TOKEN_SEGMENT.finditer(target.path):
-            if caller_name(self.tokens, [unquote_to_bytes(match[2].encode("latin-1"))]):
-                raise Refused("a token in the path stands at its start, or behind PROXY_PREFIX, and there once")
+        if caller_name(self.tokens, unquote_to_bytes(target.path.encode("latin-1")).split(b"/")[:50]):
+            raise Refused("a token in the path stands at its start, or behind PROXY_PREFIX, and there once")
         return name
 
     def cors(self, head):
@@ -1351,9 +1359,12 @@ class Wire:
         self.sock, self.carrier, self.ahead, self.used = sock, carrier, b"", 0.0
         self.act, self._fd, self._events = None, sock.fileno(), 0
         sock.setblocking(False)
-        if sock.family != getattr(socket, "AF_UNIX", None):
+        if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            keep_alive(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # lest NAT routers forget a silent stream
+            for name, value in ("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 6):
+                if hasattr(socket, name):
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def watch(self, events, act=None):
         """Have `act(wire, events)` called when the wire is ready to READ, WRITE or either; 0 is neither."""
@@ -1431,14 +1442,6 @@ class Wire:
             return
         finally:
             self.sock.close()
-
-
-def keep_alive(sock):
-    """Have the system notice a peer that vanished, and keep NAT routers from forgetting a silent stream."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in ("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 6):
-        if hasattr(socket, name):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def next_head(wire, deadline):
@@ -1698,9 +1701,6 @@ class Pool:
     def __init__(self):
         self._wires, self._closed = deque(), False
 
-    def __len__(self):
-        return len(self._wires)
-
     def take(self):
         """A wire that is still open and silent, or None."""
         while self._wires:
@@ -1709,6 +1709,13 @@ class Pool:
                 return wire
             wire.close()
         return None
+
+    def has_one(self):
+        """Whether there is such a wire; it grows no younger by that."""
+        wire = self.take()
+        if wire:
+            self._wires.append(wire)
+        return bool(wire)
 
     def put(self, wire):
         wire.used = time.monotonic()
@@ -1749,7 +1756,7 @@ class Upstream(urllib.request.BaseHandler):
         self._seen_at, self._reachable, self._askers = float("-inf"), None, []
         self._opener = urllib.request.OpenerDirector()
         proxy = urllib.request.getproxies_environment().get("https")
-        if proxy and not is_loopback(address.host):  # a key in clear over an HTTP_PROXY: never
+        if proxy and address.needs_proxy:
             self._opener.add_handler(urllib.request.ProxyHandler({"https": proxy}))
         self._opener.add_handler(self)
 
@@ -1814,7 +1821,7 @@ class Upstream(urllib.request.BaseHandler):
 
     def reach(self):
         """Have a wire to it; raises Unreachable."""
-        if not self.pool:
+        if not self.pool.has_one():
             self.pool.put((yield from self._opener.open(self._new_ask())))
         self._note(True)
 
@@ -1839,7 +1846,7 @@ class Upstream(urllib.request.BaseHandler):
             words = f"its certificate is not trusted ({error.verify_message}); SSL_CERT_FILE {advice}"
         except ssl.SSLError as error:
             words = f"TLS failed ({error.reason or error}); does it speak https?"
-        except (OSError, EOFError, ValueError, Malformed) as error:  # a ValueError is of a host name
+        except (OSError, EOFError, ValueError, Refused) as error:  # a ValueError is of a host name
             words = getattr(error, "strerror", None) or str(error)
         else:
             self._note(True)
@@ -2105,12 +2112,12 @@ class Client(Wire):
     AHEAD = 64 * 1024  # bytes that a client may send ahead of the answer it waits for
     LINGER, LINGERERS = 1.0, 256  # seconds, and clients, that are heard out after a last answer, or before the end
 
-    __slots__ = ("address", "deadline", "_server")
+    __slots__ = ("address", "deadline", "is_kept", "_server")
     client = None
 
     def __init__(self, sock, address, server):
         super().__init__(sock, server.carrier)
-        self.address, self.deadline, self._server = address, FOR_EVER, server
+        self.address, self.deadline, self.is_kept, self._server = address, FOR_EVER, False, server
 
     @property
     def listening(self):
@@ -2123,8 +2130,8 @@ class Client(Wire):
 
     def park(self, patience):
         """Wait for its next request, unless that is there already, or the proxy is about to stop."""
+        self.is_kept = True
         if self.says:
-            self.deadline = FOR_EVER
             self.watch(0, self.wake)  # no more is read ahead of it
             self.carrier.soon(self._meet)
         elif self._server.draining:
@@ -2152,6 +2159,8 @@ class Client(Wire):
     def _meet(self):
         if self.act == self.wake:  # else it was closed meanwhile
             self.carrier.waiting.discard(self)
+            if self.is_kept:  # the time that it was idle for is not the time for its head
+                self.deadline = FOR_EVER
             self._server.finish_request(self, self.address)
 
     def linger(self):
@@ -2319,7 +2328,7 @@ class Exchange:
     def leave(self):
         self.keep = False
         # OpenAI's SDKs hang up at [DONE], and do not wait for the chunks' end.
-        said_all = self.record and not self.out and LAST_EVENT.search(self._tail)
+        said_all = self.record and not self.out and LAST_EVENT.search((self._before + self._tail).rstrip())
         self._finish("ok" if said_all else ClientLeft.outcome)
 
     def expire(self):
@@ -2428,9 +2437,9 @@ class Handler:
         self.upload = Upload(client, head.size, bool(expected and head.version), settings.client_timeout)
         if expected not in ("", "100-continue"):
             raise Refused("the only expectation met here is 100-continue", 417)
-        asks_all = head.method == "OPTIONS" and head.target == "*"
-        self.target = parse_target("/" if asks_all else head.target, settings.prefix)
-        record.path = self.target.shown[:500]
+        target = "/" if (head.method, head.target) == ("OPTIONS", "*") else head.target
+        self.target = parse_target(target, settings.prefix)
+        record.path = self.target.shown
         if settings.trusted:
             record.client = client_address(client.address, head.joined("x-forwarded-for"), settings.trusted)
 
@@ -2624,12 +2633,9 @@ class Server(ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval=None):
         """Be the carrier's thread until shutdown(); `poll_interval` is for the base class's callers."""
-        try:
-            self.keep_house()
-            self.carrier.keep_house = self.keep_house
-            self.carrier.run()
-        finally:
-            self.carrier.close()
+        self.keep_house()
+        self.carrier.keep_house = self.keep_house
+        self.carrier.run()
 
     def keep_house(self):
         """What is due now and then."""
@@ -2703,8 +2709,6 @@ class Server(ThreadingHTTPServer):
         self.shutdown()
 
     def _close_door(self):
-        if self.draining:
-            return
         self.draining = True
         for client in [*self.clients]:
             if client.act == client.wake and not client.says:
@@ -2721,8 +2725,6 @@ class Server(ThreadingHTTPServer):
 
 def raise_file_limit(clients):
     """Have descriptors for every client and its upstream; whether the system's hard limit allows for so many."""
-    import resource  # not needed to import this file
-
     (soft, hard), wanted = resource.getrlimit(resource.RLIMIT_NOFILE), 2 * clients + Client.LINGERERS + 64
     try:
         if 0 <= soft < wanted:
@@ -2892,7 +2894,7 @@ def demo(environ):
     echo = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
     echo.handle_error = lambda *_: None  # a client that leaves in mid-answer is nothing to report
     threading.Thread(target=echo.serve_forever, name="echo", daemon=True).start()
-    kept = {name: environ[name] for name in ("PROXY_LOG", "PROXY_LOG_FORMAT") if name in environ}
+    kept = {name: text for name, text in environ.items() if name in ("PROXY_LOG", "PROXY_LOG_FORMAT")}
     environ = {"PROXY_UPSTREAMS": f"demo=http://127.0.0.1:{echo.server_port}", "PROXY_ENV_FILE": os.devnull,
                "PROXY_PORT": environ.get("PROXY_PORT") or "0", **kept}
     server = start(Settings.load(environ)[0])
@@ -2966,10 +2968,9 @@ def probe(upstream):
 
 def main(arguments):
     """Run a command; returns the exit status."""
-    commands = {"serve": serve, "demo": demo, "check": check}
-    command = commands["serve"] if not arguments else commands[parse_arguments(arguments).command]
+    name = parse_arguments(arguments).command if arguments else "serve"
     try:
-        return command(os.environ)
+        return {"serve": serve, "demo": demo, "check": check}[name](os.environ)
     except SettingsError as error:
         return fail(str(error), 2)
     except OSError as error:  # whoever reads what it prints has gone, or a disk is full

@@ -264,19 +264,35 @@ def test_a_value_that_cannot_work_is_refused_and_the_words_say_why(name, value, 
     assert words in complaints(**{name: value})
 
 
-@pytest.mark.parametrize("value", ["http:/proxy", "https://proxy:3128", "http://proxy:port", "/"])
-def test_an_https_proxy_that_is_none_is_refused_at_the_start(value, monkeypatch):
+@pytest.mark.parametrize("value", ["http:/proxy", "https://proxy:3128", "http://proxy:port", "/", "socks5h://proxy"])
+def test_an_https_proxy_that_is_none_is_refused_at_the_start_if_it_is_needed(value, monkeypatch):
+    for name in "NO_PROXY", "no_proxy":
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("https_proxy", value)
-    assert "HTTPS_PROXY is not a URL" in complaints()
+    assert "HTTPS_PROXY is not the URL of an HTTP proxy" in complaints()
+    assert load(PROXY_UPSTREAMS="https://localhost:1") and load(PROXY_UPSTREAMS="http://gpu")
+    monkeypatch.setenv("no_proxy", "ollama.com")
+    assert load()
+
+
+@pytest.mark.parametrize("value", ["proxy:3128", "HTTP://u:p@ss@proxy:3128/x", "http://[::1]:3128", ""])
+def test_an_https_proxy_may_be_spelt_in_many_ways(value, monkeypatch):
+    monkeypatch.setenv("https_proxy", value)
+    assert load()
 
 
 def test_a_slash_behind_an_origin_is_forgiven_and_null_is_one():
-    assert load(PROXY_ORIGINS="https://a.example/, null, https://*.b.example").origins == (
-        "https://a.example", "null", "https://*.b.example")
+    assert load(PROXY_ORIGINS="https://a.example/, null, https://*.b.example, file://").origins == (
+        "https://a.example", "null", "https://*.b.example", "file://")
 
 
 def test_an_empty_value_with_a_comment_is_empty_and_an_open_quote_is_a_bad_line():
-    assert proxy.parse_env('A= # one\nB="two\nC=three # 3') == ({"A": "", "C": "three"}, [2])
+    assert proxy.parse_env('A= # one\nB="two\nC=three # 3\nD="= # 4"') == ({"A": "", "C": "three", "D": "= # 4"}, [2])
+
+
+def test_lines_of_the_env_file_that_are_other_programs_matter_are_let_be():
+    lines = 'A=#fff\nB="say \\"hi\\""\nC="x"y\nD="a"#c'
+    assert proxy.parse_env(lines) == ({"A": "#fff", "B": '"say \\"hi\\""', "C": '"x"y', "D": '"a"#c'}, [])
 
 
 def test_the_file_of_a_bad_secret_is_named(tmp_path):
@@ -324,7 +340,7 @@ def test_a_target_that_is_no_path_is_refused(asked):
 
 
 @pytest.mark.parametrize("path", ["/t/s3cret/t/s3cret/api/tags", "/t//s3cret/api/tags", "/T/s3cret/api/tags", "/%74/s3cret/api/tags", "/v1/t/s3cret/models",
-                                  "/mount/t/s3cret/api/tags", "/t/s3cret/t/s3cret/t/s3cret/api/tags"])
+                                  "/mount/t/s3cret/api/tags", "/t/t/s3cret/api/tags", "/t/s3cret/s3cret/api/tags", "/t/s3cret/t/s3cret/t/s3cret/api/tags"])
 def test_a_token_is_neither_logged_nor_sent_up_wherever_it_stands_in_the_path(serve, upstream, path):
     server = serve(PROXY_AUTH_TOKEN="s3cret")
     server.get("GET", path, Authorization="Bearer s3cret")
@@ -494,6 +510,14 @@ def test_token_counts_are_read_off_the_end_of_every_dialect(tail, counts):
 
 def test_a_number_that_may_have_been_cut_is_no_count():
     assert proxy.token_counts(b'{"prompt_eval_count":26,"eval_count":29') == (26, None)
+
+
+def test_blanks_in_the_tail_of_an_answer_hold_nobody_up():
+    began = time.process_time()
+    for middle in b" ", b"\n", b"data: [DONE] ", b'"eval_count" ', b"\r\nffff":
+        tail = b'{"error' + middle * (8000 // len(middle)) + b'"}'
+        proxy.ends_in_error(tail), proxy.token_counts(tail), proxy.LAST_EVENT.search(tail), proxy.Exchange.FRAMING.sub(b"", tail)
+    assert time.process_time() - began < 0.5
 
 
 def test_only_the_last_line_or_event_of_a_stream_makes_it_an_error():
@@ -865,16 +889,18 @@ def test_only_inference_calls_have_token_counts_and_only_of_numbers_that_are_who
     assert [line["tokens_out"] for line in server.lines(2)] == [None, 999]
 
 
-def test_a_client_that_hangs_up_at_done_has_its_whole_answer(server, upstream):
+@pytest.mark.parametrize("pad", [1, 480])
+def test_a_client_that_hangs_up_at_done_has_its_whole_answer(server, upstream, pad):
     def play(call):
         call.send(STREAM)
-        call.chunk(b'data: {"usage":{"prompt_tokens":1,"completion_tokens":2}}\n\n')
-        call.chunk(b"data: [DONE]\n\n")
+        call.chunk(b'data: {"usage":{"prompt_tokens":1,"completion_tokens":2}}\n\n:' + b" " * pad)
+        for piece in b"e\r\n", b"data: [DONE]\n\n", b"\r\n":
+            call.send(piece)
         upstream.wait_left(call)
     upstream.play = play
     sock = server.ask("POST", "/v1/chat/completions", CHAT)
     data = b""
-    while b"[DONE]\n\n" not in data:
+    while b"[DONE]\n\n\r\n" not in data:
         data += sock.recv(65536)
     sock.close()
     assert upstream.left.wait(WAIT)
@@ -1983,6 +2009,17 @@ def test_the_time_for_a_head_begins_with_the_connection(serve):
     assert drain(sock).startswith(b"HTTP/1.1 408") and time.monotonic() - began < 1.7
 
 
+def test_the_time_that_a_kept_connection_was_idle_is_not_taken_off_the_time_for_a_head(serve):
+    server = serve(PROXY_CLIENT_TIMEOUT="0.5")
+    sock = server.ask("GET", "/api/tags")
+    server.read(sock)
+    threading.Event().wait(1.8)  # of 2
+    sock.sendall(b"GET /api/tags HTTP/1.1\r\n")
+    threading.Event().wait(0.3)
+    sock.sendall(b"Host: localhost\r\n\r\n")
+    assert server.read(sock)[0] == 200
+
+
 def test_idle_clients_are_closed_kept_ones_later(serve):
     server = serve(PROXY_CLIENT_TIMEOUT="0.2")
     fresh, kept = server.connect(), server.connect()
@@ -2285,8 +2322,9 @@ def test_after_the_drain_what_is_left_is_cut_visibly_and_logged(upstream, tmp_pa
 
 
 def test_who_knocked_before_the_stop_is_let_in(server, upstream):
-    gate, carrier = threading.Event(), server.server.carrier
-    carrier.call(gate.wait)  # nobody accepts now
+    gate, closed, carrier = threading.Event(), threading.Event(), server.server.carrier
+    carrier.call(lambda: closed.set() or gate.wait(WAIT))
+    assert closed.wait(WAIT)  # nobody accepts now
     socks = [server.ask("GET", "/api/tags") for _ in range(2 * proxy.Server.AT_ONCE + 1)]
     threading.Thread(target=server.server.drain, args=(WAIT,), daemon=True).start()
     until(lambda: carrier._inbox)
@@ -2351,7 +2389,7 @@ def test_a_reload_raises_the_limit_of_descriptors_too(server, upstream):
 
 def test_a_bug_in_what_hears_a_kept_connection_is_logged_once(server, upstream, monkeypatch):
     assert server.get("GET", "/api/tags")[0] == 200
-    until(lambda: server.server.upstream.pool)
+    until(lambda: server.server.upstream.pool._wires)
     monkeypatch.setattr(proxy.Wire, "look", lambda wire: {}["bug"])
     upstream.sockets[0].sendall(b"HTTP/1.1 408 Request Timeout\r\n\r\n")
     until(lambda: "KeyError" in server.log_path.read_text())
@@ -2362,6 +2400,16 @@ def test_a_bug_in_what_hears_a_kept_connection_is_logged_once(server, upstream, 
 def test_a_reload_of_nonsense_changes_nothing(server):
     server.server.reload({"PROXY_UPSTREAMS": "x=http://h", "PROXY_LOG": "a\0b", "PROXY_ENV_FILE": os.devnull})
     assert server.get("GET", "/api/tags")[0] == 200
+
+
+def test_ready_is_503_where_there_are_no_threads_to_look_a_host_up(serve, upstream, monkeypatch):
+    def refuse(*args):
+        raise RuntimeError("can't start new thread")
+    server = serve(PROXY_UPSTREAMS=f"cloud=http://slow.example:{upstream.port}")
+    monkeypatch.setattr(proxy._thread, "start_new_thread", refuse)
+    assert server.get("GET", "/-/ready")[0] == 503 and server.get("GET", "/api/version")[0] == 200
+    server.lines()
+    assert "bug" not in server.log_path.read_text() and "no more threads" in server.log_path.read_text()
 
 
 def test_ready_is_503_while_draining(server):
