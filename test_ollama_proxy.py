@@ -2402,6 +2402,14 @@ def test_a_reload_of_nonsense_changes_nothing(server):
     assert server.get("GET", "/api/tags")[0] == 200
 
 
+def test_a_kept_connection_is_all_that_ready_looks_for_and_grows_no_younger_by_it(server, upstream):
+    server.get("GET", "/api/tags")
+    until(lambda: server.server.upstream.pool._wires)
+    used, server.server.upstream._seen_at = server.server.upstream.pool._wires[0].used, float("-inf")
+    assert server.get("GET", "/-/ready")[0] == 200 and upstream.connections == 1
+    assert server.server.upstream.pool._wires[0].used == used
+
+
 def test_ready_is_503_where_there_are_no_threads_to_look_a_host_up(serve, upstream, monkeypatch):
     def refuse(*args):
         raise RuntimeError("can't start new thread")
