@@ -2074,12 +2074,13 @@ class Carrier:
         self._next_look = self.now + self.TICK
         self._guard(self.keep_house)
         for thing in [*self.waiting]:
-            self._guard(self._judge, thing)
+            if self.now > thing.deadline or thing.client and not thing.client.listening:
+                self._guard(self._judge, thing)
 
     def _judge(self, thing):
         if self.now > thing.deadline:
             thing.expire()
-        elif thing.client and not thing.client.listening and thing.client.has_left():
+        elif thing.client.has_left():
             thing.leave()
 
     def _guard(self, act, *arguments):
@@ -2210,7 +2211,7 @@ class Exchange:
     body has ended, one way or the other. An answer of the proxy's own has no upstream: it is all `out`.
     """
 
-    TAIL, SHORT = 2048, 512  # bytes that are kept of each of the last two pieces, to find token counts; short ones join
+    TAIL, SHORT = 2048, 340  # bytes that are kept of each of the last two pieces, to find token counts; short ones join
     FRAMING = re.compile(rb"\r\n[0-9A-Fa-f]+\r\n")
 
     __slots__ = ("client", "wire", "record", "out", "bytes_out", "chunked", "keep", "outcome", "deadline", "_answer",
