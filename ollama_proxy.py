@@ -2211,7 +2211,7 @@ class Exchange:
     body has ended, one way or the other. An answer of the proxy's own has no upstream: it is all `out`.
     """
 
-    TAIL, SHORT = 2048, 1024  # bytes that are kept of each of the last two pieces, to find token counts; short ones join
+    TAIL, SHORT = 2048, 1024  # bytes kept of each of the last two pieces, to find token counts; short ones join
     FRAMING = re.compile(rb"\r\n[0-9A-Fa-f]+\r\n")
 
     __slots__ = ("client", "wire", "record", "out", "bytes_out", "chunked", "keep", "outcome", "deadline", "_answer",
