@@ -517,7 +517,7 @@ def test_blanks_in_the_tail_of_an_answer_hold_nobody_up():
     for middle in b" ", b"\n", b"data: [DONE] ", b'"eval_count" ', b"\r\nffff":
         tail = b'{"error' + middle * (1600 // len(middle)) + b'"}'
         proxy.ends_in_error(tail), proxy.token_counts(tail), proxy.LAST_EVENT.search(tail), proxy.Exchange.FRAMING.sub(b"", tail)
-    assert time.process_time() - began < 0.5
+    assert time.process_time() - began < 1.5
 
 
 def test_only_the_last_line_or_event_of_a_stream_makes_it_an_error():
@@ -1984,19 +1984,23 @@ def test_a_body_that_drips_is_a_408_however_slowly_it_drips(serve, path):
 
 
 def test_the_time_for_a_head_begins_with_the_connection(serve):
-    began, sock = time.monotonic(), serve(PROXY_CLIENT_TIMEOUT="1").connect()
-    threading.Event().wait(0.8)
+    began, sock = time.monotonic(), serve(PROXY_CLIENT_TIMEOUT="2").connect()
+    threading.Event().wait(1.6)
     sock.sendall(b"GET")
-    assert drain(sock).startswith(b"HTTP/1.1 408") and time.monotonic() - began < 1.7
+    assert drain(sock).startswith(b"HTTP/1.1 408") and time.monotonic() - began < 3.2
 
 
-def test_the_time_that_a_kept_connection_was_idle_is_not_taken_off_the_time_for_a_head(serve):
-    server = serve(PROXY_CLIENT_TIMEOUT="0.5")
+def test_the_time_that_a_kept_connection_was_idle_is_not_taken_off_the_time_for_a_head(server):
     sock = server.ask("GET", "/api/tags")
     server.read(sock)
-    threading.Event().wait(1.8)  # of 2
-    sock.sendall(b"GET /api/tags HTTP/1.1\r\n")
-    threading.Event().wait(0.3)
+    until(lambda: all(client.is_kept for client in server.server.clients))
+
+    def begin_at_the_last_moment():
+        client, = server.server.clients
+        client.deadline = time.monotonic()
+        sock.sendall(b"GET /api/tags HTTP/1.1\r\n")
+    server.server.carrier.perform(begin_at_the_last_moment)
+    threading.Event().wait(0.6)  # two looks at the deadlines
     sock.sendall(b"Host: localhost\r\n\r\n")
     assert server.read(sock)[0] == 200
 
