@@ -245,13 +245,13 @@ def is_loopback(host):
     [True, True, True, False, False]
     """
     name = host.lower().rstrip(".")
-    return ip_of(host).is_loopback if ip_of(host) else name == "localhost" or name.endswith(".localhost")
+    return ip.is_loopback if (ip := ip_of(host)) else name == "localhost" or name.endswith(".localhost")
 
 
 def is_private(host):
     """Whether a host lies on a network of one's own, as far as its name tells."""
     own = (".local", ".localhost", ".internal", ".lan", ".home.arpa")
-    return ip_of(host).is_private if ip_of(host) else "." not in host or host.lower().endswith(own)
+    return ip.is_private if (ip := ip_of(host)) else "." not in host or host.lower().endswith(own)
 
 
 class Address(namedtuple("Address", "name scheme host port mount")):
