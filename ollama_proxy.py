@@ -65,10 +65,10 @@ import threading
 import time
 import urllib.request
 from collections import deque, namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from email.utils import formatdate
-from functools import lru_cache, wraps
+from functools import lru_cache
 from http.client import responses as REASONS
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from operator import attrgetter
@@ -543,15 +543,7 @@ CRLF = b"\r\n"
 
 CHUNKED, UNTIL_CLOSE = -1, -2  # sizes of a body that does not say how long it is
 
-
-def remembered(longest, most):
-    """Have a parser remember what it made of short texts: clients and upstreams say the same again and again."""
-    def of(parse):
-        known = lru_cache(maxsize=most)(parse)
-        choose = wraps(parse)(lambda text, *more: (known if len(text) <= longest else parse)(text, *more))
-        choose.forget = known.cache_clear
-        return choose
-    return of
+remembered = lru_cache(maxsize=64)  # what was made of a head: clients and upstreams say the same again and again
 
 
 class Head:
@@ -562,12 +554,12 @@ class Head:
     `method` and `target` are set, of an answer `status` and `reason`.
     """
 
-    __slots__ = ("method", "target", "version", "status", "reason", "fields", "size", "keeps", "made", "_last")
+    __slots__ = ("method", "target", "version", "status", "reason", "fields", "size", "keeps", "_last")
 
     def __init__(self, lines, version=1):
         if len(lines) > LINES_LIMIT:
             raise Malformed(f"there are more than {LINES_LIMIT} header lines", 431)
-        self.version, self.made = version, {}
+        self.version = version
         self.fields = [field_of(line) for line in lines]
         self._last = {name: value for name, value, _ in self.fields}
         self.size = self._size()
@@ -619,7 +611,7 @@ def field_of(line):
     return name.lower(), value, f"{name}: {value}\r\n"
 
 
-@remembered(2048, 256)
+@remembered
 def parse_request(block):
     """Parse a request's head, its lines with their CRLFs and without the empty one.
 
@@ -646,7 +638,7 @@ def parse_request(block):
     return head
 
 
-@remembered(2048, 256)
+@remembered
 def parse_answer(block):
     """Parse an answer's head; raises Malformed.
 
@@ -684,20 +676,7 @@ NOT_SENT_DOWN = HOP_BY_HOP | frozenset(
     "x-accel-buffering".split())
 
 
-def kept_with_head(make):
-    """Have a function keep what it made of a head in that head's `made`, and so for no longer than the head lives."""
-    @wraps(make)
-    def known(head, argument=None):
-        key = make, argument
-        try:
-            return head.made[key]
-        except KeyError:
-            head.made[key] = make(head) if argument is None else make(head, argument)
-            return head.made[key]
-    return known
-
-
-@kept_with_head
+@remembered
 def fields_up(head, identity):
     """The lines of a request's end-to-end headers; with `identity`, an answer without compression is asked for."""
     barred = NOT_SENT_UP | head.tokens("connection") | ({"accept-encoding"} if identity else set())
@@ -705,7 +684,7 @@ def fields_up(head, identity):
     return "".join(lines) + ("Accept-Encoding: identity\r\n" if identity else "")
 
 
-@kept_with_head
+@remembered
 def fields_down(head, key):
     """The lines of an answer's headers that are the client's business, without the key should an upstream echo it."""
     barred = NOT_SENT_DOWN | head.tokens("connection")
@@ -740,7 +719,7 @@ class Target(namedtuple("Target", "path query token shown")):
         return self.path in ("/", "/-") or self.path.startswith("/-/")
 
 
-@remembered(299, 1024)
+@remembered
 def parse_target(target, prefix=""):
     """Repair what clients make of a base URL; percent-escapes and the query stay as they came.
 
@@ -1108,7 +1087,7 @@ class Doorman:
         self.cors_unseen = "Access-Control-Allow-Origin: *\r\n" if self.any_origin else ""
         self.origins = tuple(re.compile(re.escape(word).replace(r"\*", "[^/]*"), re.I) for word in settings.origins)
         for judge in "check_place", "admit", "cors":  # the same head is judged the same way each time
-            setattr(self, judge, kept_with_head(getattr(self, judge)))
+            setattr(self, judge, remembered(getattr(self, judge)))
 
     def allows_origin(self, origin):
         return (self.any_origin or bool(APP_ORIGINS.fullmatch(origin))
@@ -1345,8 +1324,7 @@ READ, WRITE = (select.EPOLLIN, select.EPOLLOUT) if hasattr(select, "epoll") else
     selectors.EVENT_READ, selectors.EVENT_WRITE)
 FOR_EVER = float("inf")
 INTERIM = re.compile(rb"(?:HTTP/1\.1 1(?!01)[0-9][0-9](?: [^\r\n]*)?\r\n(?:[^\r\n]+\r\n)*\r\n)+")
-# Linux tells a farewell apart from data; elsewhere one must look (Wire.has_left).
-LEAVING = getattr(select, "POLLRDHUP", select.POLLIN)
+LEFT = select.EPOLLRDHUP if hasattr(select, "epoll") else READ  # a farewell, which only Linux tells apart from data
 NOT_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -1407,16 +1385,14 @@ class Wire:
         return None if data is None else data != b""
 
     def has_left(self):
-        """Whether the other side has left; Linux can tell even when unread data comes before its farewell."""
-        poll = select.poll()
-        poll.register(self.sock, LEAVING)
-        events = poll.poll(0)
-        if not events or events[0][1] != select.POLLIN:
-            return bool(events)
+        """Whether the other side has left, now that LEFT has come; where that is but READ, it may have spoken."""
         try:
-            return not socket.socket.recv(self.sock, 1, socket.MSG_PEEK)
+            if LEFT != READ or not socket.socket.recv(self.sock, 1, socket.MSG_PEEK):
+                return True
         except OSError:
             return True
+        self.watch(self._events & ~READ, self.act)
+        return False
 
     def take_head(self):
         """Cut a message's head off `ahead` and return its lines; None while it is not whole; raises Malformed."""
@@ -1922,9 +1898,8 @@ class Upstream(urllib.request.BaseHandler):
 # ---- Carrier ----------------------------------------------------------------
 #
 # One thread does all that waits. A Task decides: what to ask, and what to answer.
-# From the moment the head of an answer is known, an Exchange carries it. Between
-# two requests a Client waits by itself. All three have a deadline, and expire()
-# and stop() for when it has passed, or the proxy ends.
+# From the moment the head of an answer is known, an Exchange carries it. Both have
+# a deadline, and expire() and stop() for when it has passed, or the proxy ends.
 
 
 class Poll(selectors.DefaultSelector):
@@ -1966,7 +1941,7 @@ class Task:
         for wire, event in zip(wires, events):
             wire.watch(event, self._ready)
         if self.client and self.client not in wires:
-            self.client.watch(self.client.listening, self._hear_client)
+            self.client.watch(LEFT, self._hear_client)
         self._carrier.waiting.add(self)
 
     def wake(self, ticket):
@@ -1987,10 +1962,8 @@ class Task:
         self.step(self._steps.send, wire)
 
     def _hear_client(self, client, _):
-        if client.hear():
+        if client.has_left():
             self.leave()
-        else:
-            client.watch(client.listening, self._hear_client)
 
     def _let_go(self, wires=()):
         for wire in self._wires:
@@ -2015,7 +1988,7 @@ class Carrier:
         self.buffer = memoryview(bytearray(PIECE))
         self.now = self._next_look = time.monotonic()
         self._inbox, self._closed = deque(), False
-        self.waiting = set()  # tasks, exchanges, clients: whatever has a deadline
+        self.waiting = set()  # tasks and exchanges: whatever has a deadline
         self.keep_house = lambda: None  # what else is to be done at each look
         ring, bell = socket.socketpair()
         self._ring, self._bell = Wire(ring, self), Wire(bell, self)
@@ -2070,29 +2043,23 @@ class Carrier:
                 self._look()
 
     def _look(self):
-        """See whose time is up, and which client has left behind more than is read ahead of it."""
+        """See whose time is up."""
         self._next_look = self.now + self.TICK
         self._guard(self.keep_house)
         for thing in [*self.waiting]:
-            if self.now > thing.deadline or thing.client and not thing.client.listening:
-                self._guard(self._judge, thing)
-
-    def _judge(self, thing):
-        if self.now > thing.deadline:
-            thing.expire()
-        elif thing.client.has_left():
-            thing.leave()
+            if self.now > thing.deadline:
+                self._guard(thing.expire)
 
     def _guard(self, act, *arguments):
         try:
             act(*arguments)
         except Exception as bug:
-            self._drop(act, bug, *arguments[:1])
+            self._drop(act, bug)
 
-    def _drop(self, act, bug, thing=None):
+    def _drop(self, act, bug):
         """Go on after a bug, without the connections that it struck."""
         self.log.event("error", "bug", f"the carrier dropped a connection: {describe(bug)}")
-        thing = getattr(act, "__self__", None) if act != self._judge else thing
+        thing = getattr(act, "__self__", None)
         for wire in (thing, getattr(thing, "client", None), getattr(thing, "wire", None)):
             if isinstance(wire, Wire):
                 self.waiting.discard(thing)
@@ -2108,61 +2075,38 @@ def describe(bug):
 
 
 class Client(Wire):
-    """A client's wire. Between two requests it waits by itself, and then has the server make a Handler."""
+    """A client's wire, and what it does between two requests: wait, or go."""
 
-    AHEAD = 64 * 1024  # bytes that a client may send ahead of the answer it waits for
     LINGER, LINGERERS = 1.0, 256  # seconds, and clients, that are heard out after a last answer, or before the end
 
-    __slots__ = ("address", "deadline", "is_kept", "_server")
-    client = None
+    __slots__ = ("address", "deadline", "is_idle", "_server")
 
     def __init__(self, sock, address, server):
         super().__init__(sock, server.carrier)
-        self.address, self.deadline, self.is_kept, self._server = address, FOR_EVER, False, server
+        self.address, self.deadline, self.is_idle, self._server = address, FOR_EVER, False, server
 
-    @property
-    def listening(self):
-        """The events by which its leaving is noticed while it waits for an answer, and what it says is read ahead."""
-        return READ if len(self.ahead) <= self.AHEAD else 0
-
-    def hear(self):
-        """Read ahead what it says while it waits for an answer; whether it has left."""
-        return self.look() is False or self.has_left()
+    def attend(self, patience, is_new=False):
+        """Wait for a request, for so many seconds, and have it answered; a new client's head counts in."""
+        deadline = time.monotonic() + patience
+        try:
+            while self.ahead in (b"", b"\r", CRLF):  # RFC 9112, section 2.2: an empty line means nothing
+                self.is_idle = True
+                yield deadline, self, READ
+                if self.look() is False:
+                    return self.close()
+        except (TimeoutError, Stopped):
+            return self.close()
+        self.is_idle, self.deadline = False, deadline if is_new else FOR_EVER
+        yield from self._server.RequestHandlerClass(self, self.address, self._server).answer()
 
     def park(self, patience):
         """Wait for its next request, unless that is there already, or the proxy is about to stop."""
-        self.is_kept = True
-        if self.says:
-            self.watch(0, self.wake)  # no more is read ahead of it
-            self.carrier.soon(self._meet)
-        elif self._server.draining:
+        if self._server.draining and not self.ahead:
             self.close()
+        elif self.ahead:
+            self.carrier.soon(self.carrier.start, self.attend(patience), self)
         else:
-            self.listen(patience)
-
-    def listen(self, patience):
-        """Wait for a request, for so many seconds."""
-        self.deadline = time.monotonic() + patience
-        self.carrier.waiting.add(self)
-        self.watch(READ, self.wake)
-
-    @property
-    def says(self):
-        return self.ahead not in (b"", b"\r", CRLF)  # RFC 9112, section 2.2: an empty line means nothing
-
-    def wake(self, *_):
-        """It says something, or leaves."""
-        if self.look() is False:
-            self.close()
-        elif self.says:
-            self._meet()
-
-    def _meet(self):
-        if self.act == self.wake:  # else it was closed meanwhile
-            self.carrier.waiting.discard(self)
-            if self.is_kept:  # the time that it was idle for is not the time for its head
-                self.deadline = FOR_EVER
-            self._server.finish_request(self, self.address)
+            self.carrier.start(self.attend(patience), self)
 
     def linger(self):
         """Close, but so that it can still read the last answer although it sends (RFC 9112, section 9.6)."""
@@ -2172,23 +2116,20 @@ class Client(Wire):
             return self.close()
         if len(self._server.lingering) >= self.LINGERERS:
             return self.close()
-        self.deadline = time.monotonic() + self.LINGER
-        self.carrier.waiting.add(self)
         self._server.lingering.add(self)
-        self.watch(READ, self._hear_out)
+        self.carrier.start(self._hear_out(time.monotonic() + self.LINGER), self)
 
-    def _hear_out(self, *_):
-        if self.look() is False:
-            self.close()
-        self.ahead = b""
+    def _hear_out(self, deadline):
+        with suppress(TimeoutError, Stopped):
+            while self.look() is not False:
+                self.ahead = b""
+                yield deadline, self, READ
+        self.close()
 
     def close(self, abruptly=False):
-        self.carrier.waiting.discard(self)
         self._server.lingering.discard(self)
         self._server.clients.discard(self)
         super().close(abruptly)
-
-    expire = stop = close
 
 
 class Mask:
@@ -2314,16 +2255,14 @@ class Exchange:
     def _listen(self, blocked):
         self._blocked = blocked
         self._carrier.waiting.add(self)
-        self.client.watch(self.client.listening | (WRITE if blocked else 0), self._from_client)
+        self.client.watch(LEFT | (WRITE if blocked else 0), self._from_client)
         if self.wire:
             self.wire.watch(0 if blocked else READ, self._from_upstream)
 
     def _from_client(self, client, events):
-        if events != WRITE:
-            if client.hear():
-                return self.leave()
-            self._listen(self._blocked)
-        if events != READ:
+        if events & ~WRITE and client.has_left():
+            self.leave()
+        elif events & WRITE:
             self._flush()
 
     def leave(self):
@@ -2393,7 +2332,6 @@ class Handler:
         self.settings, self.doorman, self.upstream = server.settings, server.doorman, server.upstream
         self.head, self.target, self.upload, self.cors = None, None, None, self.doorman.cors_unseen
         self.is_stranger = False  # who is served without a token although there are tokens
-        server.carrier.start(self.answer(), client)
 
     def answer(self):
         """Answer one request. The one place where an exception meets the client."""
@@ -2624,7 +2562,6 @@ class Server(ThreadingHTTPServer):
         if not raise_file_limit(settings.max_connections):
             self.complain("limit", f"too few descriptors for {settings.max_connections} clients and their upstreams "
                           "(PROXY_MAX_CONNECTIONS): raise the hard limit, LimitNOFILE in a systemd unit")
-        parse_request.forget()  # with the heads, what the old doorman made of them
         if old and (old.address, old.key) == (upstream.address, upstream.key):
             upstream.pool = old.pool
         elif old:
@@ -2664,8 +2601,10 @@ class Server(ThreadingHTTPServer):
         client = Client(request, address[7:] if address.startswith("::ffff:") else address, self)  # IPv4 on either
         if len(self.clients) < self.settings.max_connections:
             self.clients.add(client)
-            client.listen(client.LINGER if self.draining else self.settings.client_timeout)
-            return client.wake()
+            if client.look() is False:
+                return client.close()
+            patience = client.LINGER if self.draining else self.settings.client_timeout
+            return self.carrier.start(client.attend(patience, is_new=True), client)
         self.complain("limit", f"over {self.settings.max_connections} clients (PROXY_MAX_CONNECTIONS): some get 503")
         body = error_body("", 503, "too many clients are connected to the proxy", None)
         client.send(head_bytes("HTTP/1.1 503 Service Unavailable\r\n", (
@@ -2712,8 +2651,8 @@ class Server(ThreadingHTTPServer):
     def _close_door(self):
         self.draining = True
         for client in [*self.clients]:
-            if client.act == client.wake and not client.says:
-                client.close()
+            if client.is_idle:
+                client.act.__self__.stop()
         for _ in range(self.request_queue_size // self.AT_ONCE + 1):
             if not self._knock():  # a plain close would reset those who still wait
                 break
