@@ -16,6 +16,7 @@ The life of a request:
     client -> Handler.answer                the one place where an exception meets a client
                who asks      Callers        token, Host and Origin            401 403
                what for      Target         path repaired, dialect            400 404
+               whom to ask   Catalogue      attempts: upstream, model         404 503
                ask           Upstream       urllib opener over kept wires     502 504
                carry         Exchange       bytes out as they come in
                account       Record         one line in the log
@@ -31,10 +32,12 @@ Contents, in reading order; a section uses only the sections above it:
     Heads and paths   pure: from the client's request line and headers to the upstream's
     Bodies            pure: where a body ends, and the model it names
     Callers           tokens, origins, hosts: who may ask
+    Models            cloud names, and lists of models
     Records           what one request cost, and the log
     Wires             sockets: reading ahead, waiting, dialling
-    Upstreams         pool, urllib handler, health
+    Upstreams         pool, slots, urllib handler, health
     Carrier           the one thread: tasks, clients, and answers on their way
+    Catalogue         merged model lists, and the attempts that a model name makes
     Handler           one request, from its first line to its last byte
     Server            the ThreadingHTTPServer: limits, drain, reload
     Command line      serve, demo, check
@@ -67,13 +70,13 @@ import urllib.request
 from collections import deque, namedtuple
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
-from email.utils import formatdate
-from functools import lru_cache
+from email.utils import formatdate, parsedate_to_datetime
+from functools import lru_cache, partial
 from http.client import responses as REASONS
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from operator import attrgetter
 from socketserver import TCPServer
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 __version__ = "1.0.0"
 
@@ -131,11 +134,17 @@ class ClientLeft(Failure):
     outcome = "client_left"
 
 
+def printable(text, limit=200):
+    """Make text that came from outside fit for one line of a log or a terminal."""
+    return "".join(c if c.isprintable() else "\\x%02x" % ord(c) for c in str(text)[:limit])
+
+
 # ---- Settings ---------------------------------------------------------------
 #
 # Parsers take text and raise ValueError in words for people; a secret's parser
 # never quotes its text. (No dataclasses: importing them takes long.)
 
+remembered = lru_cache(maxsize=64)  # what was made of a text: clients and upstreams say the same again and again
 OFF = "off"
 TOKEN_TEXT = re.compile(r"[\x21-\x7e]+")
 NAME_TEXT = re.compile(r"[A-Za-z0-9._-]+")
@@ -166,8 +175,8 @@ size = parser(r"(?i)[1-9][0-9]{0,11} ?[KMG]?(i?B)?", "a size such as 500K, 64M o
               lambda text: int(re.match("[0-9]+", text)[0]) * UNITS[re.sub("[^KMG]", "", text.upper())])
 
 
-def words_of(text):
-    return tuple(filter(None, re.split(r"[,\s]+", text)))
+def words_of(text, separator=r"[,\s]+"):
+    return tuple(filter(None, map(str.strip, re.split(separator, text))))
 
 
 def networks(text):
@@ -217,7 +226,7 @@ def tokens(text):
     if text.strip().lower() == OFF:
         return OFF
     pairs = []
-    for word in filter(None, map(str.strip, text.split(","))):
+    for word in words_of(text, ","):
         name, colon, token = word.partition(":")
         name, token = (name.strip(), token) if colon else ("default", word)
         if not NAME_TEXT.fullmatch(name):
@@ -318,11 +327,97 @@ class Address(namedtuple("Address", "name scheme host port mount")):
 
 
 def upstreams(text):
-    """Parse the one upstream to (Address,)."""
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if len(words) != 1:
-        raise ValueError("expected one upstream, name=url")
-    return (Address.parse(words[0]),)
+    """Parse `name=url, name=url|url` to (Address, ...); the copies of one upstream have its name.
+
+    >>> [f"{a.name} {a}" for a in upstreams("gpu=http://a:1|http://b:1, https://c")]
+    ['gpu http://a:1', 'gpu http://b:1', 'c https://c']
+    """
+    found = []
+    for word in words_of(text, ","):
+        first, *copies = word.split("|")
+        address = Address.parse(first)
+        if any(address.key_name == other.key_name for other in found):
+            raise ValueError(f"two upstreams are called {address.name}, or share {address.key_name}: write name=url, "
+                             "with names that differ in letters or digits; copies of one are name=url|url")
+        found += [address, *(Address.parse(copy, address.name) for copy in copies)]
+    if not found or len(set(found)) < len(found):
+        raise ValueError("expected name=url, name=url, each once")
+    return tuple(found)
+
+
+def model_key(name):
+    """What the names of one model have in common: `name` and `name:latest` are the same."""
+    name = name.strip()
+    return name[:-7] if name[-7:].lower() == ":latest" else name
+
+
+SOURCE = re.compile(r"(.+?)(?::(cloud|local)|(:[^:/]*)-cloud)", re.I | re.S)
+
+
+@remembered
+def split_source(name):
+    """Split a model's name into (its name without where it is, "cloud", "local" or ""); raises Refused.
+
+    By the rule of Ollama's parseSourceSuffix: `:cloud`, or `-cloud` behind a tag, means Ollama Cloud.
+
+    >>> [split_source(name) for name in ("gpt-oss:120b-cloud", "glm-4.6:Cloud", "x:local", "my-cloud", "h:1/x-cloud")]
+    [('gpt-oss:120b', 'cloud'), ('glm-4.6', 'cloud'), ('x', 'local'), ('my-cloud', ''), ('h:1/x-cloud', '')]
+    """
+    match = SOURCE.fullmatch(name.strip())
+    if not match:
+        return name, ""
+    bare = match[1] + (match[3] or "")
+    if SOURCE.fullmatch(bare):
+        raise Refused(f"the model {printable(name)} says twice where it is: use either :local or :cloud, not both")
+    return bare, (match[2] or "cloud").lower()
+
+
+def model(text):
+    """Accept the name of a model."""
+    try:
+        split_source(text)
+    except Refused as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
+def aliases(text):
+    """Parse `alias=model; alias=model` to {alias: model}.
+
+    >>> aliases("code = qwen3-coder:480b-cloud; chat=gpt-oss:120b-cloud")
+    {'code': 'qwen3-coder:480b-cloud', 'chat': 'gpt-oss:120b-cloud'}
+    """
+    pairs = [tuple(map(str.strip, word.partition("=")[::2])) for word in words_of(text, "[;\n]")]
+    found = {model_key(alias): model(name) for alias, name in pairs}
+    if len(found) < len(pairs) or "*" in found or not all(map(all, pairs)):
+        raise ValueError("expected alias=model; alias=model, each alias once")
+    for name in found.values():
+        if model_key(name) in found:
+            raise ValueError(f"{name} is an alias itself: name the model that it stands for")
+    return found
+
+
+def fallbacks(text):
+    """Parse `model -> model -> model; * -> model` to {model: (model, ...)}.
+
+    >>> fallbacks("a:latest -> b > c; * \u2192 z")
+    {'a': ('b', 'c'), '*': ('z',)}
+    """
+    chains = [tuple(map(str.strip, re.split("->|>|\u2192", chain))) for chain in words_of(text, "[;\n]")]
+    found = {model_key(first): tuple(map(model, rest)) for first, *rest in chains}
+    if len(found) < len(chains) or not all(rest and "*" not in rest for rest in found.values()) or not all(
+            map(all, chains)):
+        raise ValueError("expected model -> model -> model; * -> model, one chain a model")
+    return found
+
+
+def slots(text):
+    """Parse `name=number, name=number` to {name: number}."""
+    pairs = [re.fullmatch(r"([A-Za-z0-9._-]+)\s*=\s*([1-9][0-9]{0,5})", word) for word in words_of(text, ",")]
+    found = {pair[1]: int(pair[2]) for pair in pairs if pair}
+    if len(found) < len(pairs):
+        raise ValueError("expected name=number, name=number, each upstream once, the number from 1 to 999999")
+    return found
 
 
 Setting = namedtuple("Setting", "field name default parse help aliases secret", defaults=((), False))
@@ -335,12 +430,22 @@ SETTINGS = (
     Setting("host", "PROXY_HOST", "127.0.0.1", listen_host, "where to listen"),
     Setting("port", "PROXY_PORT", "11434", parser(r"[0-9]{1,5}", "a port from 0 to 65535", int, 0, 65535),
             "port to listen on; 0 picks a free one", ("PORT",)),
-    Setting("upstreams", "PROXY_UPSTREAMS", "cloud=https://ollama.com", upstreams, "whom to ask: `name=url`; a bare "
-            "URL is named by its host", ("OLLAMA_CLOUD_BASE_URL", "OLLAMA_ORIGIN")),
+    Setting("upstreams", "PROXY_UPSTREAMS", "cloud=https://ollama.com", upstreams, "whom to ask, in order of "
+            "preference: `name=url, name=url`; copies of one are `name=url|url`, and a bare URL is named by its host",
+            ("OLLAMA_CLOUD_BASE_URL", "OLLAMA_ORIGIN")),
     Setting("keys", "PROXY_KEY_<NAME>", "", secret, "bearer key of the upstream called name", (), True),
     Setting("prefix", "PROXY_PREFIX", "", prefix, "mount path to strip, e.g. `/api/ollama-proxy`"),
     Setting("origins", "PROXY_ORIGINS", "", origins, "browser origins allowed beside loopback and app ones, `*` for "
             "all; unset, with tokens: all", ("OLLAMA_ORIGINS",)),
+    Setting("aliases", "PROXY_ALIASES", "", aliases, "names of one's own for models: "
+            "`code=qwen3-coder:480b-cloud; chat=gpt-oss:120b-cloud`"),
+    Setting("fallbacks", "PROXY_FALLBACKS", "", fallbacks, "what to try when a model cannot be had: `a -> b -> c; "
+            "d -> e`; `* -> z` is for models without a chain of their own"),
+    Setting("slots", "PROXY_SLOTS", "", slots, "requests in flight per upstream, or copy of one: `cloud=3, local=4`; "
+            "the rest queue"),
+    Setting("queue_timeout", "PROXY_QUEUE_TIMEOUT", "120", seconds, "seconds a request may wait for a slot"),
+    Setting("manage", "PROXY_MANAGE", OFF, switch, "`on` lets clients pull, push, create, copy, delete and upload "
+            "models, and use the owner's account"),
     Setting("client_timeout", "PROXY_CLIENT_TIMEOUT", "15", seconds, "seconds a client has for the head of its "
             "request, or for 4 KiB more of its body; an idle kept connection, and a client that takes nothing of its "
             "answer, have four times as long"),
@@ -350,8 +455,8 @@ SETTINGS = (
     Setting("max_connections", "PROXY_MAX_CONNECTIONS", "1024",
             parser(r"[0-9]{1,6}", "a whole number from 1 to 999999", int, 1),
             "clients at once; one more gets 503 and `Retry-After`"),
-    Setting("max_body", "PROXY_MAX_BODY", "64M", size, "largest body of an inference call, which is held in "
-            "memory; larger 413; others stream, unlimited"),
+    Setting("max_body", "PROXY_MAX_BODY", "64M", size, "largest body held in memory to read its model name; "
+            "larger 413; others, such as blobs, stream, unlimited"),
     Setting("public_models", "PROXY_PUBLIC_MODELS", OFF, switch, "`on` answers model lists (`/api/tags`, `/v1/models`, "
             "`/api/show`) without a token, for clients that look before they log in"),
     Setting("trusted", "PROXY_TRUSTED", "", networks, "addresses or networks (`10.0.0.0/8, ::1`) of load balancers "
@@ -374,7 +479,7 @@ class Settings:
     def __init__(self):
         for setting in SETTINGS:
             setattr(self, setting.field, setting.parse(setting.default) if setting.default else "")
-        self.given = {}
+        self.aliases, self.fallbacks, self.chains, self.slots, self.keys, self.given = {}, {}, {}, {}, {}, {}
 
     @classmethod
     def load(cls, environ):
@@ -385,15 +490,24 @@ class Settings:
         sources, settings = Sources(environ), cls()
         for setting in SETTINGS:
             sources.give(settings, vars(settings), setting.field, setting, setting.name, *setting.aliases)
-        settings.keys = {}
-        for address in settings.upstreams:
-            sources.give(settings, settings.keys, address.name, SETTINGS[0], address.key_name)
+        for name, key_name in {address.name: address.key_name for address in settings.upstreams}.items():
+            sources.give(settings, settings.keys, name, SETTINGS[0], key_name)
+        settings.chains = {model_key(settings.meant(first)): [*map(settings.meant, rest)]
+                           for first, rest in settings.fallbacks.items()}
         settings.judge(sources.problems)
         return settings, [*sources.strangers(settings), *settings.doubts()]
 
     def key(self, address):
         """The bearer key for an upstream, or an empty value."""
         return self.keys.get(address.name) or (self.api_key if address.is_cloud else "")
+
+    def meant(self, name):
+        """The model that a name stands for, which is most often itself."""
+        return self.aliases.get(model_key(name), name) if self.aliases else name
+
+    def chain(self, name):
+        """What to try for a model, in order: itself, and then its fallbacks."""
+        return [name, *self.chains.get(model_key(name), self.chains.get("*", ()))]
 
     def judge(self, problems=()):
         """Raise SettingsError if there are problems, or values that are each fine, but not together."""
@@ -416,6 +530,15 @@ class Settings:
                 address.host == "localhost" and is_loopback(self.host) or self.host in ("0.0.0.0", "::"))
             if here and address.port == self.port:
                 yield "PORT|HOST", f"the upstream {address.name} ({address}) is this proxy: set another PROXY_PORT"
+        for first, rest in self.chains.items():
+            if len({first, *map(model_key, rest)}) <= len(rest):
+                yield "FALLBACKS|ALIASES", f"PROXY_FALLBACKS: the chain of {first} has one model twice"
+        if len(self.chains) < len(self.fallbacks):
+            yield "FALLBACKS|ALIASES", "PROXY_FALLBACKS: two chains are for one model, once by its alias"
+        for name in self.slots.keys() - {address.name for address in self.upstreams}:
+            yield "SLOTS|UPSTREAMS|_URL|OLLAMA_ORIGIN", (
+                f"PROXY_SLOTS: no upstream is called {name}; there is "
+                + ", ".join(dict.fromkeys(address.name for address in self.upstreams)))
         if not self.auth_token and not is_loopback(self.host):
             yield "AUTH_TOKEN", (
                 f"PROXY_HOST={self.host} lets other machines in, and PROXY_AUTH_TOKEN is not set: set it to a token "
@@ -543,7 +666,6 @@ CRLF = b"\r\n"
 
 CHUNKED, UNTIL_CLOSE = -1, -2  # sizes of a body that does not say how long it is
 
-remembered = lru_cache(maxsize=64)  # what was made of a head: clients and upstreams say the same again and again
 
 
 class Head:
@@ -673,7 +795,7 @@ NOT_SENT_UP = HOP_BY_HOP | frozenset(
 # What an upstream says to browsers about its own host, and what is set anew.
 NOT_SENT_DOWN = HOP_BY_HOP | frozenset(
     "content-length set-cookie set-cookie2 alt-svc strict-transport-security x-request-id x-proxy-upstream "
-    "x-accel-buffering".split())
+    "x-proxy-model x-proxy-attempts x-accel-buffering".split())
 
 
 @remembered
@@ -697,6 +819,8 @@ NATIVE = frozenset("generate chat tags show ps pull push create copy delete embe
 OPENAI = frozenset("completions models responses messages".split())
 INFERENCE = frozenset("/api/generate /api/chat /api/embed /api/embeddings /embeddings /v1/chat/completions "
                       "/v1/completions /v1/responses /v1/embeddings /v1/messages".split())
+NAMING = frozenset(["POST /api/show", "POST /api/pull", "POST /api/push", "DELETE /api/delete"])  # a model, or a name
+MANAGEMENT = re.compile(r"/api/+(?:pull|push|create|copy|delete|blobs|signout|user/+keys|usage|balance)(?![^/;])")
 LISTS = frozenset(["GET /api/tags", "HEAD /api/tags", "GET /v1/models", "HEAD /v1/models", "POST /api/show"])
 OWN_ALIASES = {"/healthz": "/-/health", "/readyz": "/-/ready", "/metrics": "/-/metrics"}
 AUTHORITY = re.compile(r"https?://[^/?#@]+(?=[/?#]|\Z)", re.I)
@@ -705,18 +829,15 @@ TOKEN_SEGMENT = re.compile(r"(?:/(?:t|%74)(?=/))+/+([^/]+)", re.I)
 DOT_SEGMENT = re.compile(r"(?:^|/)\.\.?(?:;[^/]*)?(?:/|$)")
 
 
-class Target(namedtuple("Target", "path query token shown")):
+class Target(namedtuple("Target", "path query token shown is_own manages")):
     """What a request asks for, once its path is repaired.
 
     `path` as it goes upstream, but for the upstream's mount; `query` with its question mark; `token` of
-    /t/TOKEN/... as bytes, or None; `shown`, the path as the client said it, fit for a log.
+    /t/TOKEN/... as bytes, or None; `shown`, the path as the client said it, fit for a log; whether it `is_own`, a page
+    of the proxy, or `manages` models or the owner's account.
     """
 
     __slots__ = ()
-
-    @property
-    def is_own(self):
-        return self.path in ("/", "/-") or self.path.startswith("/-/")
 
 
 @remembered
@@ -726,7 +847,7 @@ def parse_target(target, prefix=""):
     >>> [parse_target(t).path for t in ("/chat", "/v1/v1/models", "//api/tags", "/chat/completions", "/rerank")]
     ['/api/chat', '/v1/models', '/api/tags', '/v1/chat/completions', '/rerank']
     >>> parse_target("/t/s3cret/api/chat?x=%2F")
-    Target(path='/api/chat', query='?x=%2F', token=b's3cret', shown='/t/***/api/chat')
+    Target(path='/api/chat', query='?x=%2F', token=b's3cret', shown='/t/***/api/chat', is_own=False, manages=False)
     """
     whole = target
     if AUTHORITY.match(target):  # absolute-form: whatever host it names, it came to us
@@ -736,10 +857,12 @@ def parse_target(target, prefix=""):
         raise Malformed(f"the request's target must be a path, not {whole[:80]!r}")
     path, mark, query = target.partition("?")
     path, token, shown = strip_mounts(path, prefix)
-    decoded = unquote_to_bytes(path.encode("latin-1")).replace(b"\\", b"/")
-    if DOT_SEGMENT.search(decoded.decode("latin-1")):
+    path = repair(path)
+    spelt = unquote(path, "latin-1").replace("\\", "/")
+    if DOT_SEGMENT.search(spelt):
         raise Refused("a path here has no . or .. segments")
-    return Target(repair(path), mark + query, token, shown)
+    return Target(path, mark + query, token, shown, path in ("/", "/-") or path.startswith("/-/"),
+                  bool(MANAGEMENT.search(spelt.lower())))
 
 
 def strip_mounts(path, prefix):
@@ -937,17 +1060,18 @@ STRING_PART = re.compile(rb'[^"\\]{0,100000}(?:\\.[^"\\]{0,1000}){0,500}', re.S)
 MODEL_FIRST = re.compile(rb'\s*\{\s*"model"\s*:\s*"([ !#-\[\]-~]{0,500})"')
 ESCAPED_MODEL = re.compile(rb"\\u006[45c-fC-F]")  # a letter of the key, as nobody but an attacker writes it
 COLON = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*")
+NAME_LIMIT = 2000  # bytes of a model's name; a longer one is none
 PATIENCE = 500_000  # brackets and strings that are looked at: more, and no name is found
 
 
 def members(body):
-    """Return {key: raw value} of a JSON object's own members; the value of one that is no string is b"".
+    """Return {key: (begin, end)} of a JSON object's own members; of a value that is no string it is (0, 0).
 
     Reads no further than it must: no number, no nesting limit, no copy of a long prompt. What is not JSON
     has no members.
 
     >>> members(b'{"model": "a", "messages": [{"model": "b"}], "n": 1}')
-    {b'model': b'"a"', b'messages': b'', b'n': b''}
+    {'model': (10, 13), 'messages': (0, 0), 'n': (0, 0)}
     """
     found, depth, at, key = {}, 0, 0, None
     if body[:64].lstrip(b" \t\r\n")[:1] != b"{":
@@ -963,10 +1087,10 @@ def members(body):
                 return {}
             colon = COLON.match(body, at) if depth == 1 else None
             if colon:
-                key, at = (json_string(body[begin:at]) or "").encode("utf-8", "replace"), colon.end()
-                found[key] = b""
+                key, at = json_string(body[begin:at]), colon.end()
+                found[key] = 0, 0
             elif depth == 1 and key is not None:
-                found[key], key = body[begin:at], None
+                found[key], key = (begin, at), None
         elif mark in b"{[":
             depth, key = depth + 1, None
         else:
@@ -987,12 +1111,34 @@ def string_end(body, at):
         at = end
 
 
-def named_model(body):
-    """The model that a request's JSON names, None if it names none."""
+Named = namedtuple("Named", "model begin end")  # the name in a body's JSON, and where it stands there, with its quotes
+
+
+def named_model(body, keys=("model",)):
+    """The model that a request's JSON names, as a Named; None if it names none. An older API says `name`, too.
+
+    >>> named_model(b'{"name": "a:1"}', ("model", "name"))
+    Named(model='a:1', begin=9, end=14)
+    """
     match = MODEL_FIRST.match(body)
     if match and body.count(b'"model"') == 1 and not ESCAPED_MODEL.search(body):  # nearly always: it can mean no other
-        return match[1].decode()
-    return json_string(members(body).get(b"model", b""))
+        return Named(match[1].decode(), match.start(1) - 1, match.end(1) + 1)
+    found = members(body)
+    for begin, end in (found.get(key, (0, 0)) for key in keys):
+        name = json_string(body[begin:end]) if end - begin < NAME_LIMIT else None
+        if name:
+            return Named(name, begin, end)
+    return None
+
+
+def with_model(body, named, model):
+    """The body with another model named in it: no other byte changes, and it is copied but once.
+
+    >>> with_model(b'{"n": 1.0, "model":"a"}', Named("a", 19, 22), "b")
+    b'{"n": 1.0, "model":"b"}'
+    """
+    view = memoryview(body)
+    return b"".join((view[:named.begin], json.dumps(model).encode(), view[named.end:]))
 
 
 def json_string(raw):
@@ -1133,7 +1279,8 @@ class Doorman:
         if not origin or not self.allows_origin(origin):
             return "" if self.any_origin else "Vary: Origin\r\n"
         lines = self.cors_unseen or f"Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n"
-        return lines + "Access-Control-Expose-Headers: X-Request-Id, X-Proxy-Upstream, Retry-After\r\n"
+        return lines + ("Access-Control-Expose-Headers: X-Request-Id, X-Proxy-Upstream, X-Proxy-Model, X-Proxy-Attempts, "
+                        "Retry-After\r\n")
 
 
 def preflight(head):
@@ -1166,6 +1313,51 @@ def is_trusted(address, trusted):
     return bool(trusted) and any(ipaddress.ip_address(address) in network for network in trusted)
 
 
+# ---- Models -----------------------------------------------------------------
+#
+# What models are called elsewhere, and the lists of them.
+
+def cloud_name(name):
+    """What a model of the cloud is called where there are others.
+
+    >>> cloud_name("gpt-oss:120b"), cloud_name("glm-4.6")
+    ('gpt-oss:120b-cloud', 'glm-4.6:cloud')
+    """
+    return name + ("-cloud" if ":" in name.rpartition("/")[2] else ":cloud")
+
+
+@remembered
+def in_a_header(name):
+    """A model's name as a header can carry it: percent-encoded where it is not ASCII, and not without end."""
+    return re.sub(r"[^\x21-\x7e]", lambda match: quote(match[0], "", errors="replace"), name[:200])
+
+
+# Why another upstream is asked when one has answered with such a status; any other is the client's own affair.
+TRY_NEXT = frozenset((401, 402, 403,  # it refuses us: the key, the plan
+                      404,  # it does not know the model
+                      429, 503, 529,  # it is out of quota, or of room
+                      500, 502, 504))  # it is broken, or what stands behind it
+OPENAI_LIST = "/v1/models"
+NAME_KEYS = {"/api/tags": ("models", "name", "model"), "/api/ps": ("models", "name", "model"),
+             OPENAI_LIST: ("data", "id")}  # of each list: where its entries are, and where in an entry its names
+
+
+def entries_of(path, document):
+    """The [(name, entry)] of a list of models; None if this is no such list."""
+    where, *names = NAME_KEYS[path]
+    entries = document.get(where) if isinstance(document, dict) else None
+    if not isinstance(entries, list):
+        return None
+    named = [(next((entry[key] for key in names if isinstance(entry.get(key), str)), ""), entry)
+             for entry in entries if isinstance(entry, dict)]
+    return [(name, entry) for name, entry in named if name]
+
+
+def renamed(path, entry, name):
+    """A list's entry under another name, with every other field as it was."""
+    return {**entry, **{key: name for key in NAME_KEYS[path][1:] if key in entry}}
+
+
 # ---- Records ----------------------------------------------------------------
 
 
@@ -1173,7 +1365,7 @@ class Record:
     """What one request cost; its public attributes are the keys of its log line, in order."""
 
     KEYS = tuple("time id caller client method path model upstream status first_byte_ms total_ms bytes_in bytes_out "
-                 "tokens_in tokens_out outcome".split())
+                 "tokens_in tokens_out outcome model_sent attempts queue_ms note".split())
     VALUES = attrgetter(*KEYS)
     __slots__ = KEYS + ("started",)
 
@@ -1184,7 +1376,13 @@ class Record:
         self.id = "%016x" % random.getrandbits(64)
         self.caller = self.method = self.path = self.model = self.upstream = self.status = None
         self.first_byte_ms = self.total_ms = self.tokens_in = self.tokens_out = self.outcome = None
-        self.bytes_in = self.bytes_out = 0
+        self.model_sent = self.queue_ms = self.note = None
+        self.bytes_in, self.bytes_out, self.attempts = 0, 0, []
+
+    def attempted(self, upstream, model, status, outcome):
+        """Note that an upstream has been asked, and what came of it."""
+        self.attempts.append({"upstream": upstream, "model": model, "status": status, "outcome": outcome})
+        self.upstream, self.model_sent = upstream, model
 
     def answered(self, status):
         """Note the first byte that goes to the client."""
@@ -1207,11 +1405,6 @@ def timestamp(seconds):
     '1970-01-01T00:00:00.062Z'
     """
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")[:-6] + "Z"
-
-
-def printable(text, limit=200):
-    """Make text that came from outside fit for one line of a log or a terminal."""
-    return "".join(c if c.isprintable() else "\\x%02x" % ord(c) for c in str(text)[:limit])
 
 
 def json_line(keys, values):
@@ -1244,7 +1437,7 @@ class Log:
     GATHER = 0.02  # seconds that lines wait for company: one write for many
 
     def __init__(self, path="", form="auto"):
-        self._lines, self._lost = queue.SimpleQueue(), 0
+        self._lines, self._lost, self._complained = queue.SimpleQueue(), 0, {}
         self.reopen(path, form)
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
@@ -1256,6 +1449,12 @@ class Log:
     def event(self, level, event, words):
         """Log anything else: level is info, warning or error, event a word or two to search for."""
         self._put(self._event(level, event, words))
+
+    def complain(self, event, words):
+        """Log what may happen very often, each event once a minute."""
+        if time.monotonic() - self._complained.get(event, float("-inf")) > 60:
+            self._complained[event] = time.monotonic()
+            self.event("warning", event.partition(" ")[0], words)
 
     def reopen(self, path, form):
         """Follow a log file that was moved away; raises OSError, and then goes on as before."""
@@ -1320,11 +1519,11 @@ class Log:
 # seconds, None is never; when it passes, a TimeoutError comes out of the yield.
 
 PIECE = 64 * 1024
-READ, WRITE = (select.EPOLLIN, select.EPOLLOUT) if hasattr(select, "epoll") else (
-    selectors.EVENT_READ, selectors.EVENT_WRITE)
+SAID, WRITE, LEFT = (select.EPOLLIN, select.EPOLLOUT, select.EPOLLRDHUP) if hasattr(select, "epoll") else (
+    selectors.EVENT_READ, selectors.EVENT_WRITE, 0)  # only Linux tells a farewell apart from data
+READ = SAID | LEFT
 FOR_EVER = float("inf")
 INTERIM = re.compile(rb"(?:HTTP/1\.1 1(?!01)[0-9][0-9](?: [^\r\n]*)?\r\n(?:[^\r\n]+\r\n)*\r\n)+")
-LEFT = select.EPOLLRDHUP if hasattr(select, "epoll") else READ  # a farewell, which only Linux tells apart from data
 NOT_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -1384,14 +1583,14 @@ class Wire:
         self.ahead += data or b""
         return None if data is None else data != b""
 
-    def has_left(self):
-        """Whether the other side has left, now that LEFT has come; where that is but READ, it may have spoken."""
+    def has_left(self, events):
+        """Whether the other side has left, now that these events came; if it has only said more, that can wait."""
         try:
-            if LEFT != READ or not socket.socket.recv(self.sock, 1, socket.MSG_PEEK):
+            if events & ~(SAID | WRITE) or not LEFT and not socket.socket.recv(self.sock, 1, socket.MSG_PEEK):
                 return True
         except OSError:
             return True
-        self.watch(self._events & ~READ, self.act)
+        self.watch(self._events & ~SAID, self.act)
         return False
 
     def take_head(self):
@@ -1571,6 +1770,33 @@ def tls_context():
 # sends the key elsewhere. Only ProxyHandler stands before our own, for HTTPS_PROXY.
 
 SAFE = ("GET", "HEAD", "OPTIONS")  # methods that may be executed twice
+LONG = 16 * 1024  # bytes of a body from which on a thread of its own looks through it
+LIST_LIMIT = 16 << 20  # bytes that a list of models may have
+LIST_LINES = f"Accept: application/json\r\nAccept-Encoding: identity\r\nUser-Agent: ollama_proxy/{__version__}\r\n"
+
+
+def parse_list(path, body):
+    """The document that a list's JSON is, and its [(name, entry)]; ({}, None) if it is no such list."""
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}, None
+    listed = entries_of(path, document)
+    return ({}, None) if listed is None else (document, listed)
+
+
+def seconds_until(retry_after):
+    """The seconds that a Retry-After says, as a number or a date; 0 if it says none.
+
+    >>> seconds_until("120"), seconds_until("Wed, 21 Oct 2015 07:28:00 GMT"), seconds_until("soon")
+    (120, 0, 0)
+    """
+    if re.fullmatch("[0-9]{1,9}", retry_after, re.A):
+        return int(retry_after)
+    try:
+        return max(0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return 0
 
 
 class Upload:
@@ -1663,10 +1889,28 @@ class Ask(urllib.request.Request):
     """
 
     head, body, upload, sent, heard = b"", b"", None, False, False
+    patience = 0  # seconds for which the upstream may be silent; 0 is for ever
+
+    def deadline(self):
+        return time.monotonic() + self.patience if self.patience else None
 
 
-# An upstream's answer, its body still to come on the wire, which is good for another request if it `keep`s.
-Answer = namedtuple("Answer", "head decoder wire keep")
+class Answer(namedtuple("Answer", "head decoder wire keep")):
+    """An upstream's answer, its body still to come on the wire, which is good for another request if it `keep`s."""
+
+    __slots__ = ()
+
+    def release(self, pool):
+        """Give the wire back to its pool if the answer is over, as that of an error mostly is; else close it."""
+        wire, decoder = self.wire, self.decoder
+        if not decoder.done:
+            data, wire.ahead = wire.ahead, b""
+            with suppress(Malformed):
+                decoder.feed(data)
+        if self.keep and decoder.done and not decoder.rest and not wire.ahead:
+            pool.put(wire)
+        else:
+            wire.close()
 
 
 class Pool:
@@ -1716,30 +1960,106 @@ class Pool:
         self.prune(0)
 
 
+class Desk:
+    """The slots of an upstream, of which each copy has `limit`, and who waits for one.
+
+    Callers have their turn one after the other, and each one's requests in the order in which they came.
+    """
+
+    def __init__(self, carrier):
+        self.limit, self._carrier = FOR_EVER, carrier
+        self._queue, self._typical = {}, None  # turns by caller; the seconds for which a slot is held
+
+    def wait(self, caller, copies, deadline):
+        """Wait until one of these copies has a slot, take it, and return the copy; raises TimeoutError."""
+        turn = [self._carrier.current, copies, None]
+        self._queue.setdefault(caller, []).append(turn)
+        try:
+            yield (deadline,)
+        except BaseException as error:
+            if not turn[2]:
+                self._forget(caller, turn)
+                raise
+            if not isinstance(error, TimeoutError):  # else it came at the last moment
+                self.leave(turn[2])
+                raise
+        return turn[2]
+
+    def leave(self, copy, began=None):
+        """Give back a slot that was taken at that time."""
+        copy.busy -= 1
+        if began is not None:
+            held = time.monotonic() - began
+            self._typical = held if self._typical is None else self._typical + (held - self._typical) / 8
+        self.admit(copy)
+
+    def admit(self, copy):
+        """Give the free slots of a copy to those who wait for it."""
+        while copy.busy < self.limit:
+            turns = ((caller, turn) for caller, turns in self._queue.items() for turn in turns if copy in turn[1])
+            caller, turn = next(turns, (None, None))
+            if not turn:
+                return
+            self._forget(caller, turn)
+            if caller in self._queue:
+                self._queue[caller] = self._queue.pop(caller)  # to the end
+            copy.busy, turn[2] = copy.busy + 1, copy
+            self._carrier.soon(turn[0].wake, turn[0].ticket)
+
+    def _forget(self, caller, turn):
+        self._queue[caller].remove(turn)
+        if not self._queue[caller]:
+            del self._queue[caller]
+
+    def wait_expected(self, copies, otherwise):
+        """The seconds after which one of so many copies may have a slot, going by how long slots were held before."""
+        if self._typical is None:
+            return otherwise
+        return self._typical * (1 + sum(map(len, self._queue.values()))) / (self.limit * copies)
+
+
 class Upstream(urllib.request.BaseHandler):
-    """A server to ask: urllib's handler for it, its kept wires, and what is known of its health."""
+    """A server to ask: urllib's handler for it, its kept wires, its health, and the models that it lists."""
 
-    FRESH = 10.0  # seconds that what is known of its health holds
+    FRESH = 10.0  # seconds that what is known of it holds
+    RESTS = 1.0, 60.0  # seconds for which it is not asked after it could not be connected to: at first, and at most
 
-    def __init__(self, address, settings, carrier):
-        self.address, self.key, self.name = address, settings.key(address), address.name
+    def __init__(self, address, settings, carrier, desk=None, rank=0):
+        self.address, self.key, self.name, self.rank = address, settings.key(address), address.name, rank
         self.key_name = "OLLAMA_API_KEY" if address.is_cloud and address.name not in settings.keys else address.key_name
         self.mask = self.key if len(self.key) >= 12 else ""  # a placeholder is no secret, but may be any word
-        self.pool, self._carrier = Pool(), carrier
+        self.pool, self.desk, self.busy = Pool(), desk, 0
+        self.is_ollama = self.models = None  # whether it has /api; {model_key(name): name}; not known yet
+        self.lists = {}  # by path: (when it came, the document, its [(name, entry)])
+        self.seen_at, self.reachable, self.looked_at = float("-inf"), None, float("-inf")
+        self._looks = {}  # by path: whom to tell when it is there
+        self._failures, self._rests = 0, {}  # in a row; until when it is not asked: at all (None), or for a model
+        self._carrier = carrier
         self._connect_timeout, self._read_timeout = settings.connect_timeout, settings.read_timeout
         self._template = vars(Ask(f"{address.scheme}://{address.netloc}/"))
         self._own_lines = f"Host: {address.netloc}\r\n" + (f"Authorization: Bearer {self.key}\r\n" if self.key else "")
-        self._seen_at, self._reachable, self._askers = float("-inf"), None, []
         self._opener = urllib.request.OpenerDirector()
         proxy = urllib.request.getproxies_environment().get("https")
         if proxy and address.needs_proxy:
             self._opener.add_handler(urllib.request.ProxyHandler({"https": proxy}))
         self._opener.add_handler(self)
 
-    def ask(self, method, path, lines, body=b"", upload=None):
-        """Send a request, header `lines` given, and return its Answer; raises a Failure."""
+    def inherit(self, old):
+        """Go on with what another had and knew that was the same server, asked with the same key."""
+        self.pool, self.busy, self._rests = old.pool, old.busy, old._rests
+        self.is_ollama, self.models, self.lists = old.is_ollama, old.models, old.lists
+
+    @property
+    def is_full(self):
+        return self.busy >= self.desk.limit
+
+    def ask(self, method, path, lines, body=b"", upload=None, patience=None):
+        """Send a request, header `lines` given, and return its Answer; raises a Failure.
+
+        `patience` is the seconds for which it may be silent, if not PROXY_READ_TIMEOUT.
+        """
         ask = self._new_ask()
-        ask.method, ask.body, ask.upload = method, body, upload
+        ask.method, ask.body, ask.upload, ask.patience = method, body, upload, patience or self._read_timeout
         ask.selector = self.address.mount + path
         ask.head = head_bytes(f"{method} {ask.selector} HTTP/1.1\r\n{self._own_lines}", lines)
         return (yield from self._opener.open(ask))
@@ -1775,25 +2095,40 @@ class Upstream(urllib.request.BaseHandler):
 
     https_open = http_open
 
-    def is_reachable(self):
-        """Whether a connection was made or found open in the last FRESH seconds, or can be now; sends no request."""
-        if time.monotonic() - self._seen_at > self.FRESH:
-            task = self._carrier.current
-            if not self._askers:  # the look is a task of its own, and so outlives who asks for it
-                self._carrier.soon(self._carrier.start, self._look())
-            self._askers.append((task.wake, task.ticket))
-            yield (None,)
-        return self._reachable
+    def rests(self, model=None):
+        """Whether it had better not be asked now, be it for this model only."""
+        return bool(self._rests) and time.monotonic() < max(self._rests.get(None, 0.0), self._rests.get(model, 0.0))
 
-    def _look(self):
+    def heed(self, model, retry_after):
+        """Let it rest for a model after a 429, as long as it said."""
+        patience = seconds_until(retry_after)
+        if patience:
+            now = time.monotonic()
+            self._rests = {key: until for key, until in self._rests.items() if until > now}
+            self._rests[model] = now + patience
+            self._carrier.log.complain(f"rest {self.name} {model}", f"upstream {self.name} has no more of {model} for "
+                                       f"{patience:.0f} seconds")
+
+    def look(self, path, seen):
+        """Have it asked for a list, or with "" only reached, unless it is already; `seen` is called after that."""
+        if path == "models":
+            path = OPENAI_LIST if self.is_ollama is False else "/api/tags"
+        if path not in self._looks:
+            self._looks[path] = []
+            self.looked_at = time.monotonic()
+            self._carrier.soon(self._carrier.start, self._look(path))
+        self._looks[path].append(seen)
+
+    def _look(self, path):
         try:
-            yield from self.reach()
+            yield from (self.fetch(path) if path else self.reach())
         except (Unreachable, Stopped):
             return  # noted already, or of no interest any more
+        except Failure as failure:
+            self._carrier.log.complain(f"list {self.name}", str(failure))
         finally:
-            for wake, ticket in self._askers:
-                self._carrier.soon(wake, ticket)
-            self._askers.clear()
+            for seen in self._looks.pop(path):
+                seen()
 
     def reach(self):
         """Have a wire to it; raises Unreachable."""
@@ -1801,14 +2136,64 @@ class Upstream(urllib.request.BaseHandler):
             self.pool.put((yield from self._opener.open(self._new_ask())))
         self._note(True)
 
-    def _note(self, reachable, words=""):
-        if reachable != self._reachable and (self._reachable is not None or not reachable):
+    def fetch(self, path):
+        """Ask for a list of models and keep it; raises a Failure. Who has no /api/tags lists them under /v1/models."""
+        answer = yield from self.ask("GET", path, LIST_LINES, patience=self._connect_timeout)
+        status, body = answer.head.status, (yield from self._whole(answer))
+        document, listed = {}, None
+        if status == 200:
+            document, listed = yield from aside(self._carrier, len(body) < LONG, None, parse_list, path, body)
+        if listed is None and path == "/api/tags" and status in (200, 404, 405, 501):
+            self.is_ollama = False
+            return (yield from self.fetch(OPENAI_LIST))
+        if listed is None and status != 404:
+            raise UpstreamLost(f"upstream {self.name} does not list its models: GET {path} gives {status}")
+        listed = listed or []
+        self.lists[path] = time.monotonic(), document, listed
+        if path == "/api/tags":
+            self.is_ollama = True
+        if path == ("/api/tags" if self.is_ollama else OPENAI_LIST):
+            self.models = {model_key(name): name for name, _ in reversed(listed)}
+
+    def _whole(self, answer):
+        """Read an answer's body; raises a Failure."""
+        wire, decoder, pieces, size = answer.wire, answer.decoder, [], 0
+        deadline = time.monotonic() + self._connect_timeout
+        try:
+            with closed_on_error(wire):
+                while not decoder.done:
+                    if not wire.ahead:
+                        yield deadline, wire, READ
+                        if wire.look() is False and decoder.size != UNTIL_CLOSE:
+                            raise EOFError
+                    data, wire.ahead = wire.ahead, b""
+                    pieces.append(decoder.feed(data))
+                    size += len(data)
+                    if size > LIST_LIMIT or not data and decoder.size == UNTIL_CLOSE:
+                        break
+        except (EOFError, Malformed, TimeoutError):
+            raise UpstreamLost(f"upstream {self.name} broke off within its list of models") from None
+        answer.release(self.pool)
+        return b"".join(pieces)
+
+    def _note(self, reachable, words="", before=0):
+        """Note whether a connection could be made; `before` is how many could not, one after the other."""
+        if reachable != self.reachable and (self.reachable is not None or not reachable):
             self._carrier.log.event("info" if reachable else "warning", "upstream",
                                     f"{self.name} is reachable again" if reachable else words)
-        self._seen_at, self._reachable = time.monotonic(), reachable
+        self.seen_at, self.reachable = time.monotonic(), reachable
+        if reachable:
+            self._failures = 0
+            self._rests.pop(None, None)
+        else:
+            self._failures = max(self._failures, min(before, 20) + 1)
+            first, most = self.RESTS
+            self._rests[None] = time.monotonic() + min(most, first * 2 ** (self._failures - 1))
 
     def _dial(self, ask):
-        proxy = None
+        proxy, before = None, self._failures
+        if before:  # whoever comes meanwhile is not to wait for this, too
+            self._rests[None] = time.monotonic() + self._connect_timeout
         try:
             if ask.host != self.address.netloc:  # ProxyHandler has put its own there
                 place = urlsplit("//" + ask.host)
@@ -1822,6 +2207,9 @@ class Upstream(urllib.request.BaseHandler):
             words = f"its certificate is not trusted ({error.verify_message}); SSL_CERT_FILE {advice}"
         except ssl.SSLError as error:
             words = f"TLS failed ({error.reason or error}); does it speak https?"
+        except (ClientLeft, Stopped):
+            self._rests.pop(None, None)
+            raise
         except (OSError, EOFError, ValueError, Refused) as error:  # a ValueError is of a host name
             words = getattr(error, "strerror", None) or str(error)
         else:
@@ -1829,7 +2217,7 @@ class Upstream(urllib.request.BaseHandler):
             return wire
         way = f" by way of HTTPS_PROXY, {ask.host}" if proxy else ""
         words = f"upstream {self.name} cannot be reached{way}: {words}"
-        self._note(False, words)
+        self._note(False, words, before)
         raise Unreachable(words)
 
     def _exchange(self, wire, ask):
@@ -1844,7 +2232,7 @@ class Upstream(urllib.request.BaseHandler):
             return answer if whole else answer._replace(keep=False)  # else the next request would become its body
         except (OSError, EOFError) as error:
             if isinstance(error, TimeoutError) and not error.errno:  # the system's own have a number
-                raise Silent(f"upstream {self.name} was silent for {self._read_timeout:g} seconds "
+                raise Silent(f"upstream {self.name} was silent for {ask.patience:g} seconds "
                              "(PROXY_READ_TIMEOUT)") from None
             words = getattr(error, "strerror", None) or str(error)
             raise UpstreamLost(f"upstream {self.name} broke off before its answer: {words}") from error
@@ -1862,7 +2250,7 @@ class Upstream(urllib.request.BaseHandler):
             ask.sent, data = ask.sent or sent > 0, data[sent:]
             if not data:
                 return True
-            yield self._deadline(), wire, READ | WRITE
+            yield ask.deadline(), wire, READ | WRITE
             if has_answered(wire):
                 return False
 
@@ -1881,7 +2269,7 @@ class Upstream(urllib.request.BaseHandler):
         status = 100
         while status < 200:  # 1xx are for us alone
             try:
-                block = yield from next_head(wire, self._deadline())
+                block = yield from next_head(wire, ask.deadline())
                 ask.heard = True
                 head = parse_answer(block)
                 size, status = answer_size(head, ask.method), head.status
@@ -1890,9 +2278,6 @@ class Upstream(urllib.request.BaseHandler):
             if status == 101:
                 raise UpstreamLost(f"upstream {self.name} switched to a protocol that nobody asked for")
         return Answer(head, Decoder(size), wire, head.keeps and size != UNTIL_CLOSE)
-
-    def _deadline(self):
-        return time.monotonic() + self._read_timeout if self._read_timeout else None
 
 
 # ---- Carrier ----------------------------------------------------------------
@@ -1936,12 +2321,12 @@ class Task:
         self.deadline = FOR_EVER if deadline is None else deadline
         wires, events = wait[::2], wait[1::2]
         if self._wires:
-            self._let_go(wires)
+            self._let_go((*wires, self.client))
         self._wires = wires
         for wire, event in zip(wires, events):
             wire.watch(event, self._ready)
         if self.client and self.client not in wires:
-            self.client.watch(LEFT, self._hear_client)
+            self.client.watch(READ, self._hear_client)
         self._carrier.waiting.add(self)
 
     def wake(self, ticket):
@@ -1961,8 +2346,8 @@ class Task:
     def _ready(self, wire, _):
         self.step(self._steps.send, wire)
 
-    def _hear_client(self, client, _):
-        if client.has_left():
+    def _hear_client(self, client, events):
+        if client.has_left(events):
             self.leave()
 
     def _let_go(self, wires=()):
@@ -2156,12 +2541,13 @@ class Exchange:
     FRAMING = re.compile(rb"\r\n[0-9A-Fa-f]+\r\n")
 
     __slots__ = ("client", "wire", "record", "out", "bytes_out", "chunked", "keep", "outcome", "deadline", "_answer",
-                 "_decoder", "_pool", "_blocked", "_tail", "_before", "_silence", "_stall", "_mask", "_passes_chunks",
+                 "_decoder", "_upstream", "_leave", "_blocked", "_tail", "_before", "_silence", "_stall", "_mask", "_passes_chunks",
                  "_counts", "_carrier")
 
-    def __init__(self, client, settings, keep):
+    def __init__(self, client, settings, keep, record=None):
         self.client, self.keep = client, keep  # whether the client's wire goes on after a whole answer
-        self.wire = self.record = self.outcome = self._answer = self._decoder = self._mask = None
+        self.record = record  # of an answer that is logged when it has ended
+        self.wire = self.outcome = self._answer = self._decoder = self._mask = None
         self.out, self.bytes_out, self.chunked, self._blocked = b"", 0, False, None
         self.deadline, self._carrier = FOR_EVER, client.carrier
         self._silence, self._stall = settings.read_timeout or FOR_EVER, 4 * settings.client_timeout
@@ -2171,10 +2557,13 @@ class Exchange:
         self.out, self.outcome = data, "ok"
         self._flush()
 
-    def begin(self, head, answer, record, upstream, chunked, counts):
-        """Send the client the head of an upstream's answer, and its body as it comes; it may say token counts."""
-        self.out, self._answer, self.record, self.chunked = head, answer, record, chunked
-        self.wire, self._decoder, self._pool = answer.wire, answer.decoder, upstream.pool
+    def begin(self, head, answer, upstream, chunked, counts, leave):
+        """Send the client the head of an upstream's answer, and its body as it comes; it may say token counts.
+
+        `leave` is called when the upstream has done its part.
+        """
+        self.out, self._answer, self.chunked = head, answer, chunked
+        self.wire, self._decoder, self._upstream, self._leave = answer.wire, answer.decoder, upstream, leave
         self._tail = self._before = b""
         self._counts = counts and answer.head.status < 400 and not answer.head.get("content-encoding")
         if upstream.mask and answer.head.status >= 300:
@@ -2255,12 +2644,12 @@ class Exchange:
     def _listen(self, blocked):
         self._blocked = blocked
         self._carrier.waiting.add(self)
-        self.client.watch(LEFT | (WRITE if blocked else 0), self._from_client)
+        self.client.watch(READ | WRITE if blocked else READ, self._from_client)
         if self.wire:
             self.wire.watch(0 if blocked else READ, self._from_upstream)
 
     def _from_client(self, client, events):
-        if events & ~WRITE and client.has_left():
+        if events & ~WRITE and client.has_left(events):
             self.leave()
         elif events & WRITE:
             self._flush()
@@ -2278,12 +2667,12 @@ class Exchange:
         self._finish(Stopped.outcome)
 
     def _release(self):
-        """Give the upstream's wire back to its pool, or close it."""
-        wire, self.wire = self.wire, None
-        if wire and self._answer.keep and self._decoder.done and not self._decoder.rest:
-            self._pool.put(wire)
-        elif wire:
-            wire.close()
+        """Have done with the upstream."""
+        if self.wire:
+            self.wire = None
+            self._answer.release(self._upstream.pool)
+            if self._leave:
+                self._leave()
 
     def _finish(self, outcome):
         """Account for the exchange, and let the client go on, or go."""
@@ -2311,12 +2700,181 @@ class Exchange:
         self._carrier.log.request(record)
 
 
+# ---- Catalogue --------------------------------------------------------------
+#
+# All upstreams under one list of models, and whom to ask for one of them.
+
+
+Attempt = namedtuple("Attempt", "upstream model")  # whom to ask, and for what; no model is None
+
+
+class Catalogue:
+    """The upstreams, in order of preference, and what they list."""
+
+    PATIENCE = 0.3  # seconds that a list may delay those who want to know
+    KEPT = 600.0  # seconds that a list is shown although its upstream gives no newer one
+
+    def __init__(self, settings, carrier, old=()):
+        self.settings, self._carrier, self.upstreams = settings, carrier, []
+        ranks = {address.name: rank for rank, address in enumerate(settings.upstreams)}
+        desks = {**{name: Desk(carrier) for name in ranks}, **{upstream.name: upstream.desk for upstream in old}}
+        known = {(upstream.address, upstream.key): upstream for upstream in old}
+        for address in settings.upstreams:
+            desk = desks[address.name]
+            desk.limit = settings.slots.get(address.name, FOR_EVER)
+            upstream = Upstream(address, settings, carrier, desk, ranks[address.name])
+            if (address, upstream.key) in known:
+                upstream.inherit(known.pop((address, upstream.key)))
+            self.upstreams.append(upstream)
+        for upstream in known.values():
+            upstream.pool.close()
+        for upstream in self.upstreams:
+            upstream.desk.admit(upstream)
+        self.is_alone = len(self.upstreams) == 1
+        if self.is_alone:
+            self.attempts = remembered(self.attempts)  # which then depend on no list
+        else:
+            carrier.soon(self._ask, "models", self.upstreams)
+
+    # What there is:
+
+    def look(self, path, upstreams, patience, enough=lambda: False):
+        """Have upstreams asked for a list, and wait for so many seconds until all have answered, or it is enough."""
+        task, left, deadline = self._carrier.current, {*upstreams}, time.monotonic() + patience
+
+        def seen(upstream):
+            if upstream in left:  # else nobody waits for it any more
+                left.remove(upstream)
+                self._carrier.soon(task.wake, task.ticket)
+
+        self._ask(path, upstreams, seen)
+        try:
+            with suppress(TimeoutError):
+                while left and not enough():
+                    yield (deadline,)
+        finally:
+            left.clear()
+
+    @staticmethod
+    def _ask(path, upstreams, seen=lambda upstream: None):
+        for upstream in upstreams:
+            upstream.look(path, partial(seen, upstream))
+
+    def is_reachable(self):
+        """Whether a connection to any was made, or found open, in the last seconds, or can be now; asks nothing."""
+        def fresh():
+            return [upstream for upstream in self.upstreams if now - upstream.seen_at < upstream.FRESH]
+
+        now = time.monotonic()
+        reachable = any(upstream.reachable for upstream in fresh())
+        if not reachable and len(fresh()) < len(self.upstreams):
+            stale = [upstream for upstream in self.upstreams if upstream not in fresh()]
+            yield from self.look("", stale, self.settings.connect_timeout,
+                                 lambda: any(upstream.reachable for upstream in fresh()))
+            reachable = any(upstream.reachable for upstream in fresh())
+        return reachable
+
+    def refresh(self):
+        """See to it that what is known is new enough to find the way by."""
+        now = time.monotonic()
+        ages = {upstream: now - upstream.looked_at for upstream in self.upstreams if not upstream.rests()}
+        self._ask("models", [upstream for upstream, age in ages.items() if age > upstream.FRESH / 2])
+        late = [upstream for upstream, age in ages.items()
+                if age > upstream.FRESH or age < self.PATIENCE and upstream.models is None]
+        if late:
+            yield from self.look("models", late, self.PATIENCE)
+
+    def union(self, path):
+        """Return ({model_key(name): entry}, the list as JSON) over all upstreams and aliases; None if none is known."""
+        asked = [upstream for upstream in self.upstreams if not upstream.rests()] or self.upstreams
+        if path == "/api/ps":
+            asked = self.able(path)
+        is_known = any(path in upstream.lists for upstream in self.upstreams)
+        began = time.monotonic()
+        yield from self.look(path, asked, self.PATIENCE if is_known else self.settings.connect_timeout)
+        oldest = began if path == "/api/ps" else began - self.KEPT
+        lists = [(upstream, *upstream.lists[path]) for upstream in self.upstreams if path in upstream.lists]
+        lists = [(upstream, document, listed) for upstream, when, document, listed in lists if when > oldest]
+        if not lists:
+            return None
+        count = sum(len(listed) for *_, listed in lists)
+        return (yield from aside(self._carrier, count < 100, None, self._merge, path, lists))
+
+    def _merge(self, path, lists):
+        """Merge [(upstream, document, [(name, entry)])]. May run in a thread of its own."""
+        found, entries = {}, {}
+        for upstream, _, listed in lists:
+            for name, entry in listed:
+                entries[upstream, model_key(name)] = entry
+                if upstream.address.is_cloud and not self.is_alone:
+                    name = cloud_name(model_key(name))
+                    entry = renamed(path, entry, name)
+                found.setdefault(model_key(name), entry)
+        for alias, name in self.settings.aliases.items():
+            for upstream, model in self.candidates(name, path):
+                if (upstream, model_key(model)) in entries:
+                    found[alias] = renamed(path, entries[upstream, model_key(model)], alias)
+                    break
+        document = next((document for _, document, _ in lists if document), {})
+        return found, json.dumps({**document, NAME_KEYS[path][0]: [*found.values()]}).encode()
+
+    # Whom to ask:
+
+    def attempts(self, name, path, chained=False):
+        """The attempts to make for a model, one after the other, each once; raises Refused."""
+        if not name:
+            return [Attempt(upstream, None) for upstream in self.able(path)[:1]]
+        meant = self.settings.meant(name)
+        found = self._able(meant, path) if self.is_alone else self.candidates(meant, path) or self._guess(meant, path)
+        for other in self.settings.chain(meant)[1:] if chained else ():
+            found += self._able(other, path) if self.is_alone else (
+                self.candidates(other, path) or self._guess(other, path, unless_known=True))
+        if not found:
+            raise Refused(f"no upstream here can have the model {printable(name)}", 404)
+        return [*dict.fromkeys(found)]
+
+    def managers(self, name, path):
+        """The attempt at the upstream that is managed: the first Ollama of one's own, else the cloud."""
+        attempts = self._able(self.settings.meant(name), path) if name else [Attempt(upstream, None) for upstream in self.able(path)]
+        return sorted(attempts, key=lambda attempt: attempt.upstream.address.is_cloud)[:1]
+
+    def candidates(self, name, path):
+        """The attempts at upstreams that list a model. A bare name goes to the cloud if nobody else has it."""
+        attempts = [attempt for attempt in self._able(name, path)
+                    if attempt.upstream.models and model_key(attempt.model) in attempt.upstream.models]
+        own = [attempt for attempt in attempts if not attempt.upstream.address.is_cloud]
+        attempts = attempts if split_source(name)[1] else own or attempts
+        return [attempt if attempt.upstream.is_ollama else
+                Attempt(attempt.upstream, attempt.upstream.models[model_key(attempt.model)]) for attempt in attempts]
+
+    def _guess(self, name, path, unless_known=False):
+        """The attempt at the first that could have a model which nobody lists, e.g. as it was pulled a second ago."""
+        is_cloud = split_source(name)[1] == "cloud"
+        able = sorted(self._able(name, path), key=lambda attempt: is_cloud and not attempt.upstream.address.is_cloud)
+        return [attempt for attempt in able if is_cloud or not unless_known or attempt.upstream.models is None][:1]
+
+    def _able(self, name, path):
+        """The attempts at all upstreams that could have a model, under the name that it has there."""
+        bare, source = split_source(name)
+        return [Attempt(upstream, bare if upstream.address.is_cloud or source == "local" else name)
+                for upstream in self.able(path) if source != "local" or not upstream.address.is_cloud]
+
+    def able(self, path):
+        """The upstreams that have such a path, in order of preference; of copies the less busy ones first."""
+        if self.is_alone:
+            return self.upstreams
+        able = [upstream for upstream in self.upstreams
+                if upstream.is_ollama is not False or not path.startswith("/api/")]
+        if not able:
+            raise Refused("no upstream here speaks Ollama's own API, but OpenAI's: ask below /v1", 404)
+        return sorted(able, key=lambda upstream: (upstream.rank, upstream.busy))
+
+
 # ---- Handler ----------------------------------------------------------------
 
 OWN_VERSION = "0.33.0"  # of the Ollama API; what an upstream without /api/version is said to have
 JSON_TYPE, TE_CHUNKED = "Content-Type: application/json\r\n", "Transfer-Encoding: chunked\r\n"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-LONG = 16 * 1024  # bytes of a body from which on a thread of its own looks through it
 
 
 class Handler:
@@ -2329,17 +2887,23 @@ class Handler:
     def __init__(self, client, address, server):
         self.client, self.server, self.record = client, server, Record(address)
         # What this request goes by from its start to its end, whatever is read again meanwhile.
-        self.settings, self.doorman, self.upstream = server.settings, server.doorman, server.upstream
+        self.settings, self.doorman, self.catalogue = server.settings, server.doorman, server.catalogue
         self.head, self.target, self.upload, self.cors = None, None, None, self.doorman.cors_unseen
         self.is_stranger = False  # who is served without a token although there are tokens
+        self.path, self.infers = "", False  # what is asked of the upstream, and whether it is to infer
+        self.body, self.named = None, None  # its body, if that was held, and the model that it names, a Named
 
     def answer(self):
         """Answer one request. The one place where an exception meets the client."""
         try:
             yield from self.read_head()
             page = yield from self.own_page()
+            if not page and self.head.method in SAFE:
+                page = yield from self.list_page()
             if page:
                 self.reply(*page)
+            elif self.path == "/api/version":
+                yield from self.give_version()
             else:
                 yield from self.relay()
         except Failure as failure:
@@ -2378,7 +2942,8 @@ class Handler:
             raise Refused("the only expectation met here is 100-continue", 417)
         target = "/" if (head.method, head.target) == ("OPTIONS", "*") else head.target
         self.target = parse_target(target, settings.prefix)
-        record.path = self.target.shown
+        self.path, record.path = self.target.path, self.target.shown
+        self.infers = head.method == "POST" and self.path in INFERENCE
         if settings.trusted:
             record.client = client_address(client.address, head.joined("x-forwarded-for"), settings.trusted)
 
@@ -2403,46 +2968,163 @@ class Handler:
             if not is_open:
                 raise
             self.is_stranger = True
+        if target.manages and not self.settings.manage:
+            raise Refused("models and the owner's account are not managed through this proxy; PROXY_MANAGE=on lets "
+                          "clients", 403)
         return None
 
     def page_ready(self):
-        reachable = not self.server.draining and (yield from self.upstream.is_reachable())
+        reachable = not self.server.draining and (yield from self.catalogue.is_reachable())
         status = "ok" if reachable else "draining" if self.server.draining else "no upstream can be reached"
         return 200 if reachable else 503, json.dumps({"status": status}).encode(), JSON_TYPE
 
+    def list_page(self):
+        """Return (status, body, header lines, outcome) of a list over all upstreams, None if one alone can tell."""
+        path, aliases, alone = self.path, self.settings.aliases, self.catalogue.is_alone
+        name = unquote(path[len(OPENAI_LIST) + 1:]) if path.startswith(OPENAI_LIST + "/") else None
+        path = path if name is None else OPENAI_LIST
+        if path not in NAME_KEYS:
+            return None
+        if alone and (model_key(name) not in aliases if name else not aliases or path == "/api/ps"):
+            return None
+        found, body = (yield from self.catalogue.union(path)) or (None, None)
+        if found is None and not alone:
+            raise Unreachable("no upstream has listed its models in the last ten minutes")
+        if found is not None and name is not None:
+            bare, source = split_source(name)
+            keys = [model_key(bare)] if source == "local" else [model_key(name), cloud_name(model_key(bare))]
+            entry = next((found[key] for key in keys if key in found), None)
+            if not entry:
+                raise Refused(f"no upstream here lists the model {printable(name)}", 404)
+            body = json.dumps(entry).encode()
+        return found and (200, body, JSON_TYPE, "ok")
+
     # What goes up:
 
-    def relay(self):
-        """Ask the upstream, and send its answer on its way to the client."""
-        head, path, upload = self.head, self.target.path, self.upload
-        self.record.upstream = self.upstream.name
-        infers, body = head.method == "POST" and path in INFERENCE, b""
-        if self.is_stranger:
-            body = yield from upload.whole(self.STRANGERS_BODY)
-        elif infers:
-            body = yield from upload.whole(self.settings.max_body)
-            carrier, quick = self.server.carrier, len(body) < LONG
-            model = yield from aside(carrier, quick, None, named_model, body)
-            self.record.model = (model or "")[:200] or None
-            if path == "/embeddings":
-                is_openai = b"input" in (yield from aside(carrier, quick, None, members, body))
-                path = "/v1/embeddings" if is_openai else "/api/embeddings"
-        size = len(body) if infers or self.is_stranger and head.size is not None else head.size
-        asked = (head.method, path + self.target.query, self.lines_up(infers, size), body,
-                 None if upload.decoder.done else upload)
-        if path == "/api/version":
-            yield from self.give_version(asked)
-        else:
-            self.give((yield from self.upstream.ask(*asked)), infers)
+    def hold_body(self):
+        """Read the body if it may name a model, and look for the name."""
+        head, settings = self.head, self.settings
+        keys = ("model", "name") if f"{head.method} {self.path}" in NAMING else ("model",)
+        routes = not self.catalogue.is_alone or settings.aliases
+        is_json = head.method == "POST" and routes and not self.target.manages and "json" in head.get("content-type")
+        if not (self.is_stranger or self.infers or is_json or len(keys) > 1):
+            return
+        body = self.body = yield from self.upload.whole(self.STRANGERS_BODY if self.is_stranger else settings.max_body)
+        if head.get("content-encoding").lower() not in ("", "identity"):
+            self.record.note = "the body is compressed, and the model that it names unknown"
+            return
+        carrier, quick = self.server.carrier, len(body) < LONG
+        self.named = yield from aside(carrier, quick, None, named_model, body, keys)
+        if self.named:
+            self.record.model = self.named.model[:200]
+        if self.path == "/embeddings":
+            is_openai = "input" in (yield from aside(carrier, quick, None, members, body))
+            self.path = "/v1/embeddings" if is_openai else "/api/embeddings"
 
-    def lines_up(self, infers, size):
+    def relay(self):
+        """Ask whoever can answer, one after the other, and send an answer on its way to the client."""
+        yield from self.hold_body()
+        if not self.catalogue.is_alone:
+            yield from self.catalogue.refresh()
+        attempts, last, failure = self.attempts(), None, None
+        awake = [attempt for attempt in attempts if not attempt.upstream.rests(attempt.model)]
+        left = awake or [*attempts]
+        try:
+            while left:
+                attempt = next((attempt for attempt in left if not attempt.upstream.is_full), None)
+                try:
+                    attempt, leave = yield from self.enter(attempt, left)
+                except Refused:
+                    if last:
+                        break
+                    raise
+                try:
+                    answer = yield from self.ask(attempt)
+                except BaseException as error:
+                    leave()
+                    if not isinstance(error, (Unreachable, UpstreamLost, Silent)):
+                        raise
+                    failure = error
+                else:
+                    if answer.head.status not in TRY_NEXT:
+                        return self.give(answer, attempt, leave)
+                    leave()
+                    if last:
+                        last[0].release(last[1].upstream.pool)
+                    last = answer, attempt
+                left.remove(attempt)
+                if awake:
+                    left = [attempt for attempt in left if not attempt.upstream.rests(attempt.model)]
+            if not last:
+                raise failure
+            answer, last = last, None
+            self.give(*answer)
+        finally:
+            if last:
+                last[0].release(last[1].upstream.pool)
+
+    def attempts(self):
+        """Whom to ask for what, the best first; raises Refused."""
+        catalogue, path, name = self.catalogue, self.path, self.named and self.named.model
+        if self.target.manages:
+            return catalogue.managers(name, path)
+        if not path.startswith(OPENAI_LIST + "/"):
+            return catalogue.attempts(name, path, self.infers)
+        name = unquote(path[len(OPENAI_LIST) + 1:])
+        upstream, model = catalogue.attempts(name, path)[0]
+        self.path = path if model == name else f"{OPENAI_LIST}/{quote(model)}"
+        return [Attempt(upstream, None)]
+
+    def enter(self, attempt, left):
+        """Take a slot for an attempt, or wait for the first of those that are left; return (attempt, how to leave)."""
+        if self.head.method != "POST" or self.target.manages or self.path in ("/api/show", "/api/me"):
+            return attempt or left[0], lambda: None
+        began = now = time.monotonic()
+        if attempt:
+            attempt.upstream.busy += 1
+        else:
+            desk, model = left[0].upstream.desk, left[0].model
+            copies = [other.upstream for other in left if other.upstream.desk is desk and other.model == model]
+            patience = self.settings.queue_timeout
+            try:
+                copy = yield from desk.wait(self.record.caller or self.record.client, copies, began + patience)
+            except TimeoutError:
+                wait = min(max(1, round(desk.wait_expected(len(copies), patience))), 3600)
+                raise Refused(f"all slots of upstream {copies[0].name} (PROXY_SLOTS) were taken for {patience:g} "
+                              "seconds (PROXY_QUEUE_TIMEOUT)", 503, [("Retry-After", str(wait))]) from None
+            finally:
+                now = time.monotonic()
+                self.record.queue_ms = round((self.record.queue_ms or 0) + (now - began) * 1000, 3)
+            attempt = Attempt(copy, model)
+        return attempt, partial(attempt.upstream.desk.leave, attempt.upstream, now)
+
+    def ask(self, attempt, patience=None):
+        """Ask one upstream, under the name that it has for the model; return its Answer, or raise a Failure."""
+        head, upload, body, named = self.head, self.upload, self.body, self.named
+        if named and attempt.model not in (None, named.model):
+            body = with_model(body, named, attempt.model)
+        size = head.size if body is None or head.size is None and not self.infers else len(body)
+        try:
+            answer = yield from attempt.upstream.ask(
+                head.method, self.path + self.target.query, self.lines_up(size), body or b"",
+                None if upload.decoder.done else upload, patience)
+        except Failure as failure:
+            self.record.attempted(attempt.upstream.name, attempt.model, None, failure.outcome)
+            raise
+        status = answer.head.status
+        self.record.attempted(attempt.upstream.name, attempt.model, status, "ok" if status < 400 else "error")
+        if status == 429:
+            attempt.upstream.heed(attempt.model, answer.head.get("retry-after"))
+        return answer
+
+    def lines_up(self, size):
         """The header lines of the request, but for the upstream's own Host and key; `size` is that of its body."""
         head, client = self.head, self.client
         trusted = is_trusted(client.address, self.settings.trusted)
         chain = head.all("x-forwarded-for") if trusted else ()
         host = trusted and head.get("x-forwarded-host") or head.get("host")
         return "".join((
-            fields_up(head, infers),
+            fields_up(head, self.infers),
             "" if size is None else TE_CHUNKED if size == CHUNKED else f"Content-Length: {size}\r\n",
             f"Via: 1.1 {self.server.name}\r\nX-Forwarded-For: {', '.join((*chain, client.address))}\r\n"
             f"X-Forwarded-Proto: {trusted and head.get('x-forwarded-proto') or 'http'}\r\n"
@@ -2450,9 +3132,9 @@ class Handler:
 
     # What comes down:
 
-    def give(self, answer, counts=False):
-        """Send the answer's head and what of its body is there; the rest is the exchange's, which may count tokens."""
-        head, record, upstream, size = answer.head, self.record, self.upstream, answer.decoder.size
+    def give(self, answer, attempt, leave=None):
+        """Send the answer's head and what of its body is there; the rest is the exchange's, and then `leave()` due."""
+        head, record, upstream, size = answer.head, self.record, attempt.upstream, answer.decoder.size
         chunked = size < 0 and self.head.version == 1
         keep = self.keeps() and (chunked or size >= 0)
         framing, reason = "", head.reason
@@ -2463,27 +3145,33 @@ class Handler:
         record.answered(head.status)
         record.bytes_in = self.upload.received
         if head.status == 401:
-            self.server.complain("key", f"upstream {upstream.name} answers 401: " + (
+            self.server.log.complain("key", f"upstream {upstream.name} answers 401: " + (
                 f"it {'refuses the' if upstream.key else 'wants a'} key, {upstream.key_name}"))
         if upstream.mask and upstream.mask in reason:
             reason = ""
         data = head_bytes(f"HTTP/1.1 {head.status} {reason}\r\n", fields_down(head, upstream.mask) + framing
-                          + self.closing_lines(keep)
-                          + f"X-Proxy-Upstream: {upstream.name}\r\nX-Accel-Buffering: no\r\n")
-        Exchange(self.client, self.settings, keep).begin(data, answer, record, upstream, chunked, counts)
+                          + self.closing_lines(keep) + f"X-Proxy-Upstream: {upstream.name}\r\n"
+                          + (f"X-Proxy-Model: {in_a_header(attempt.model)}\r\n" if attempt.model else "")
+                          + f"X-Proxy-Attempts: {len(record.attempts)}\r\nX-Accel-Buffering: no\r\n")
+        record.upstream, record.model_sent = upstream.name, attempt.model
+        Exchange(self.client, self.settings, keep, record).begin(data, answer, upstream, chunked, self.infers, leave)
 
-    def give_version(self, asked):
-        """Relay the upstream's version; where it has none, say one that clients accept."""
-        try:
-            answer = yield from self.upstream.ask(*asked)
-        except (Unreachable, UpstreamLost, Silent):
-            answer = None
-        if answer and answer.head.status == 200:
-            return self.give(answer)
-        if answer:
-            answer.wire.close()
+    def give_version(self):
+        """Relay the version of the first upstream that has one; where none has, say one that clients accept."""
+        yield from self.hold_body()
+        catalogue = self.catalogue
+        for upstream in catalogue.able(self.path):
+            if upstream.rests() and not catalogue.is_alone:
+                continue
+            try:
+                patience = None if catalogue.is_alone else self.settings.connect_timeout
+                answer = yield from self.ask(Attempt(upstream, None), patience)
+            except (Unreachable, UpstreamLost, Silent):
+                continue
+            if answer.head.status == 200:
+                return self.give(answer, Attempt(upstream, None))
+            answer.release(upstream.pool)
         self.record.upstream = None
-        self.record.answered(200)
         self.reply(200, json.dumps({"version": OWN_VERSION}).encode(), JSON_TYPE, "ok")
 
     def keeps(self):
@@ -2503,6 +3191,7 @@ class Handler:
         if self.head and self.head.method == "HEAD":
             body = b""
         if outcome:
+            self.record.answered(status)
             self.record.bytes_out = len(body)
             self.server.log.request(self.record.ended(outcome))
         data = head_bytes(f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\n", lines) + body
@@ -2516,8 +3205,8 @@ class Handler:
             if self.head and not (self.target and self.target.is_own):
                 self.server.log.request(record.ended(failure.outcome))
             return self.client.close()
-        record.answered(failure.status)
         lines = JSON_TYPE + "".join(f"{name}: {value}\r\n" for name, value in failure.headers)
+        lines += f"X-Proxy-Attempts: {len(record.attempts)}\r\n" if record.attempts else ""
         self.reply(failure.status, error_body(path, failure.status, str(failure), record.id), lines,
                    None if self.target and self.target.is_own else failure.outcome)
 
@@ -2537,10 +3226,9 @@ class Server(ThreadingHTTPServer):
     AT_ONCE = 64  # clients that are let in before others have their turn
 
     def __init__(self, settings, log):
-        self.log, self.carrier, self.upstream = log, Carrier(log), None
+        self.log, self.carrier, self.catalogue = log, Carrier(log), None
         self.draining, self.clients, self.lingering = False, set(), set()
         self.name = "ollama_proxy-" + os.urandom(4).hex()  # by which it knows its own requests
-        self._complained = {}
         if ":" in settings.host:
             self.address_family = socket.AF_INET6
         super().__init__((settings.host, settings.port), Handler)
@@ -2557,15 +3245,11 @@ class Server(ThreadingHTTPServer):
 
     def adopt(self, settings):
         """Obey settings from the next request on."""
-        old, upstream = self.upstream, Upstream(settings.upstreams[0], settings, self.carrier)
-        self.settings, self.doorman, self.upstream = settings, Doorman(settings), upstream
+        self.settings, self.doorman = settings, Doorman(settings)
+        self.catalogue = Catalogue(settings, self.carrier, self.catalogue.upstreams if self.catalogue else ())
         if not raise_file_limit(settings.max_connections):
-            self.complain("limit", f"too few descriptors for {settings.max_connections} clients and their upstreams "
+            self.log.complain("limit", f"too few descriptors for {settings.max_connections} clients and their upstreams "
                           "(PROXY_MAX_CONNECTIONS): raise the hard limit, LimitNOFILE in a systemd unit")
-        if old and (old.address, old.key) == (upstream.address, upstream.key):
-            upstream.pool = old.pool
-        elif old:
-            old.pool.close()
 
     # The carrier's thread:
 
@@ -2577,7 +3261,8 @@ class Server(ThreadingHTTPServer):
 
     def keep_house(self):
         """What is due now and then."""
-        self.upstream.pool.prune()
+        for upstream in self.catalogue.upstreams:
+            upstream.pool.prune()
         if not self.draining:
             self._door.watch(READ, self._knock)
 
@@ -2590,7 +3275,7 @@ class Server(ThreadingHTTPServer):
                 return False
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):  # keep_house() tries again
-                    self.complain("limit", f"no descriptors are left for clients ({error.strerror}): raise LimitNOFILE")
+                    self.log.complain("limit", f"no descriptors are left for clients ({error.strerror}): raise LimitNOFILE")
                     self._door.watch(0)
                     return False
         return True  # an error of another kind is of a client who has left already
@@ -2605,18 +3290,12 @@ class Server(ThreadingHTTPServer):
                 return client.close()
             patience = client.LINGER if self.draining else self.settings.client_timeout
             return self.carrier.start(client.attend(patience, is_new=True), client)
-        self.complain("limit", f"over {self.settings.max_connections} clients (PROXY_MAX_CONNECTIONS): some get 503")
+        self.log.complain("limit", f"over {self.settings.max_connections} clients (PROXY_MAX_CONNECTIONS): some get 503")
         body = error_body("", 503, "too many clients are connected to the proxy", None)
         client.send(head_bytes("HTTP/1.1 503 Service Unavailable\r\n", (
             f"{self.doorman.cors_unseen}{JSON_TYPE}Retry-After: 1\r\nConnection: close\r\n"
             f"X-Request-Id: {Record(address).id}\r\nContent-Length: {len(body)}\r\n")) + body)
         client.linger()
-
-    def complain(self, event, words):
-        """Log what may happen very often, once a minute."""
-        if time.monotonic() - self._complained.get(event, float("-inf")) > 60:
-            self._complained[event] = time.monotonic()
-            self.log.event("warning", event, words)
 
     # The main thread:
 
@@ -2775,7 +3454,7 @@ def start(settings):
             words = f"cannot listen on {place}: {error.strerror or error}; set PROXY_HOST and PROXY_PORT"
         sys.exit(fail(words))
     threading.Thread(target=carry, args=(server,), name="carrier", daemon=True).start()
-    if settings.upstreams[0].scheme == "https":
+    if any(address.scheme == "https" for address in settings.upstreams):
         threading.Thread(target=tls_context, name="certificates", daemon=True).start()
     return server
 

@@ -487,13 +487,14 @@ def test_chunks_cost_as_much_as_they_are_long_whatever_they_hold():
     (b'["model", "x"]', None), (b'{"model": "a"', "a"), (b"not json", None), (b'{"a": "unterminated \\"', None), (b"\xff\xfe{", None),
     (b'{"model": "a", "messages": [{"model": "b"}]}', "a")])
 def test_the_model_is_the_last_one_that_the_body_itself_names(body, model):
-    assert proxy.named_model(body) == model
+    named = proxy.named_model(body)
+    assert (named and named.model) == model
 
 
 def test_a_huge_body_is_looked_through_in_little_time_and_memory():
     body = b'{"messages": [{"content": "' + b"\\n" * 4_000_000 + b'"}], "model": "m"}'
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    assert proxy.named_model(body) == "m"
+    assert proxy.named_model(body).model == "m"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000 and time.process_time() - began < 2
     assert proxy.named_model(b'{"x": [' + b"{}," * 4_000_000 + b'{}], "model": "m"}') is None
 
@@ -694,12 +695,16 @@ class Running:
     def __init__(self, path, upstream, **environ):
         self.log_path = path
         settings = load(PROXY_LOG=str(path), **{"PROXY_PORT": "0", "PROXY_UPSTREAMS": f"cloud=http://127.0.0.1:{upstream.port}",
-                                                              "OLLAMA_API_KEY": "sk-upstream-key", **environ})
+                                                              "OLLAMA_API_KEY": "sk-upstream-key", "PROXY_MANAGE": "on", **environ})
         self.log = proxy.Log(settings.log, settings.log_format)
         self.server = proxy.Server(settings, self.log)
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
         self.thread.start()
         self.sockets = []
+
+    @property
+    def upstream(self):
+        return self.server.catalogue.upstreams[0]
 
     def connect(self):
         sock = socket.create_connection(self.server.server_address[:2], WAIT)
@@ -772,12 +777,14 @@ def test_the_log_line_has_the_designs_keys_in_order(server, upstream):
     server.get("POST", "/t/tok/api/chat?secret=1", CHAT, X_Request_Id="abc-1")
     line, = server.lines()
     assert list(line) == ("time id caller client method path model upstream status first_byte_ms total_ms bytes_in bytes_out "
-                          "tokens_in tokens_out outcome").split()
+                          "tokens_in tokens_out outcome model_sent attempts queue_ms note").split()
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
     fixed = {k: v for k, v in line.items() if not k.endswith("_ms") and k != "time"}
+    assert line["queue_ms"] is None
     assert fixed == {"id": "abc-1", "caller": None, "client": "127.0.0.1", "method": "POST", "path": "/t/***/api/chat", "model": "m:1",
                      "upstream": "cloud", "status": 200, "bytes_in": len(CHAT), "bytes_out": 38, "tokens_in": 1, "tokens_out": 2,
-                     "outcome": "ok"}
+                     "outcome": "ok", "model_sent": "m:1", "note": None,
+                     "attempts": [{"upstream": "cloud", "model": "m:1", "status": 200, "outcome": "ok"}]}
     assert 0 < line["first_byte_ms"] <= line["total_ms"]
 
 
@@ -987,7 +994,7 @@ def test_tls_is_verified_against_ssl_cert_file_and_one_handshake_serves_many(ser
 def test_what_tls_says_to_itself_costs_no_kept_connection(serve, tls_upstream, trusting):
     server = serve(upstream=tls_upstream, PROXY_UPSTREAMS=f"cloud=https://localhost:{tls_upstream.port}")
     assert server.get("GET", "/-/ready")[0] == 200  # a connection without a request: TLS 1.3 sends its tickets now
-    pool = server.server.upstream.pool
+    pool = server.upstream.pool
     until(lambda: len(pool._wires) == 1 and pool._wires[0].sock.session and pool._wires[0].sock.session.has_ticket)
     assert server.get("GET", "/api/tags")[0] == 200 and tls_upstream.connections == 1
 
@@ -1194,7 +1201,7 @@ def test_100_is_said_only_when_the_body_is_wanted(serve, upstream):
 
 def test_a_long_body_is_looked_through_while_others_are_served(server, upstream, monkeypatch):
     looked, go_on = threading.Event(), threading.Event()
-    monkeypatch.setattr(proxy, "named_model", lambda body: (looked.set(), go_on.wait(WAIT), "long")[-1])
+    monkeypatch.setattr(proxy, "named_model", lambda *_: (looked.set(), go_on.wait(WAIT), proxy.Named("long", 0, 0))[-1])
     sock = server.ask("POST", "/api/chat", b"[" * 1_000_000)
     assert looked.wait(WAIT)
     assert server.get("GET", "/api/tags")[0] == 200
@@ -1293,14 +1300,14 @@ def test_a_base_with_a_mount_keeps_it(serve, upstream):
 def test_nagle_is_off_and_keepalive_on_both_sides(server, upstream):
     sock = server.get("GET", "/api/tags") and server.connect()
     until(lambda: len(server.server.clients) == 2)
-    for wire in [*server.server.clients, *server.server.upstream.pool._wires]:
+    for wire in [*server.server.clients, *server.upstream.pool._wires]:
         assert wire.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) and wire.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
     sock.close()
 
 
 def test_a_kept_connection_that_nobody_uses_is_closed(server, upstream, monkeypatch):
     server.get("GET", "/api/tags")
-    pool = server.server.upstream.pool
+    pool = server.upstream.pool
     until(lambda: pool._wires)
     pool._wires[0].used -= pool.IDLE
     until(lambda: upstream.sockets[0].fileno() < 0)
@@ -2131,7 +2138,7 @@ def test_ready_knows_whether_the_upstream_can_be_reached_without_asking_it_anyth
     for sock in upstream.sockets:
         sock.shutdown(socket.SHUT_RDWR)
     assert server.get("GET", "/-/ready")[0] == 200  # a look holds for a while
-    server.server.upstream._seen_at -= server.server.upstream.FRESH
+    server.upstream.seen_at -= server.upstream.FRESH
     assert server.get("GET", "/-/ready")[0] == 503
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
@@ -2167,7 +2174,7 @@ def test_nothing_leaks_after_hundreds_of_aborted_requests(server, upstream, coun
     until(lambda: not server.server.clients)
     until(lambda: len(os.listdir("/proc/self/task")) <= threads + 5)
     carrier = server.server.carrier
-    until(lambda: not carrier.waiting and len(carrier.wires) == 2 + len(server.server.upstream.pool._wires))
+    until(lambda: not carrier.waiting and len(carrier.wires) == 2 + len(server.upstream.pool._wires))
 
 
 @pytest.mark.parametrize("size", [300_000_000, pytest.param(2_000_000_000, id="soak")])
@@ -2180,7 +2187,7 @@ def test_a_large_upload_takes_no_memory(upstream, size):
             left -= len(call.sock.recv(min(left, 1 << 20)))
         call.send(OK)
     upstream.play = play
-    with running_process(upstream) as (process, ask):
+    with running_process(upstream, PROXY_MANAGE="on") as (process, ask):
         def peak():
             return int(re.search(r"VmHWM:\s+(\d+)", open(f"/proc/{process.pid}/status").read())[1])
         ask("GET", "/")
@@ -2340,7 +2347,7 @@ def test_a_dead_carrier_ends_the_process(tmp_path, monkeypatch):
 
 def test_a_reload_closes_the_kept_connections_to_the_old_upstream(server, upstream):
     server.get("GET", "/api/tags")
-    until(lambda: server.server.upstream.pool._wires)
+    until(lambda: server.upstream.pool._wires)
     server.server.reload({"PROXY_UPSTREAMS": f"other=http://127.0.0.1:{upstream.port}", "PROXY_ENV_FILE": os.devnull,
                           "PROXY_LOG": str(server.log_path)})
     until(lambda: upstream.sockets[0].fileno() < 0)
@@ -2373,7 +2380,7 @@ def test_a_reload_raises_the_limit_of_descriptors_too(server, upstream):
 
 def test_a_bug_in_what_hears_a_kept_connection_is_logged_once(server, upstream, monkeypatch):
     assert server.get("GET", "/api/tags")[0] == 200
-    until(lambda: server.server.upstream.pool._wires)
+    until(lambda: server.upstream.pool._wires)
     monkeypatch.setattr(proxy.Wire, "look", lambda wire: {}["bug"])
     upstream.sockets[0].sendall(b"HTTP/1.1 408 Request Timeout\r\n\r\n")
     until(lambda: "KeyError" in server.log_path.read_text())
@@ -2388,10 +2395,10 @@ def test_a_reload_of_nonsense_changes_nothing(server):
 
 def test_a_kept_connection_is_all_that_ready_looks_for_and_grows_no_younger_by_it(server, upstream):
     server.get("GET", "/api/tags")
-    until(lambda: server.server.upstream.pool._wires)
-    used, server.server.upstream._seen_at = server.server.upstream.pool._wires[0].used, float("-inf")
+    until(lambda: server.upstream.pool._wires)
+    used, server.upstream.seen_at = server.upstream.pool._wires[0].used, float("-inf")
     assert server.get("GET", "/-/ready")[0] == 200 and upstream.connections == 1
-    assert server.server.upstream.pool._wires[0].used == used
+    assert server.upstream.pool._wires[0].used == used
 
 
 def test_ready_is_503_where_there_are_no_threads_to_look_a_host_up(serve, upstream, monkeypatch):
