@@ -2024,8 +2024,8 @@ class Upstream(urllib.request.BaseHandler):
     FRESH = 10.0  # seconds that what is known of it holds
     RESTS = 1.0, 60.0  # seconds for which it is not asked after it could not be connected to: at first, and at most
 
-    def __init__(self, address, settings, carrier, desk=None, rank=0):
-        self.address, self.key, self.name, self.rank = address, settings.key(address), address.name, rank
+    def __init__(self, address, settings, carrier, desk=None):
+        self.address, self.key, self.name, self.rank = address, settings.key(address), address.name, 0
         self.key_name = "OLLAMA_API_KEY" if address.is_cloud and address.name not in settings.keys else address.key_name
         self.mask = self.key if len(self.key) >= 12 else ""  # a placeholder is no secret, but may be any word
         self.pool, self.desk, self.busy = Pool(), desk, 0
@@ -2035,7 +2035,7 @@ class Upstream(urllib.request.BaseHandler):
         self._looks = {}  # by path: whom to tell when it is there
         self._failures, self._rests = 0, {}  # in a row; until when it is not asked: at all (None), or for a model
         self._carrier = carrier
-        self._connect_timeout, self._read_timeout = settings.connect_timeout, settings.read_timeout
+        self.obey(settings)
         self._template = vars(Ask(f"{address.scheme}://{address.netloc}/"))
         self._own_lines = f"Host: {address.netloc}\r\n" + (f"Authorization: Bearer {self.key}\r\n" if self.key else "")
         self._opener = urllib.request.OpenerDirector()
@@ -2044,10 +2044,9 @@ class Upstream(urllib.request.BaseHandler):
             self._opener.add_handler(urllib.request.ProxyHandler({"https": proxy}))
         self._opener.add_handler(self)
 
-    def inherit(self, old):
-        """Go on with what another had and knew that was the same server, asked with the same key."""
-        self.pool, self.busy, self._rests = old.pool, old.busy, old._rests
-        self.is_ollama, self.models, self.lists = old.is_ollama, old.models, old.lists
+    def obey(self, settings):
+        """Go by these settings from now on."""
+        self._connect_timeout, self._read_timeout = settings.connect_timeout, settings.read_timeout
 
     @property
     def is_full(self):
@@ -2390,7 +2389,8 @@ class Carrier:
     def call(self, act, *arguments):
         """Have the carrier's thread do something; any thread may call this."""
         self.soon(act, *arguments)
-        self._ring.send(b"!")
+        with suppress(OSError):  # after its end, nobody listens
+            self._ring.send(b"!")
 
     def perform(self, act, *arguments):
         """Have the carrier's thread do something, and wait until it is done, or the carrier closed."""
@@ -2426,6 +2426,9 @@ class Carrier:
                 self._guard(act, *arguments)
             if now >= self._next_look:
                 self._look()
+        for wire in [*wires.values()]:
+            wire.close()
+        self.poll.close()
 
     def _look(self):
         """See whose time is up."""
@@ -2716,20 +2719,20 @@ class Catalogue:
 
     def __init__(self, settings, carrier, old=()):
         self.settings, self._carrier, self.upstreams = settings, carrier, []
-        ranks = {address.name: rank for rank, address in enumerate(settings.upstreams)}
-        desks = {**{name: Desk(carrier) for name in ranks}, **{upstream.name: upstream.desk for upstream in old}}
+        desks = {upstream.name: upstream.desk for upstream in old}
         known = {(upstream.address, upstream.key): upstream for upstream in old}
-        for address in settings.upstreams:
-            desk = desks[address.name]
-            desk.limit = settings.slots.get(address.name, FOR_EVER)
-            upstream = Upstream(address, settings, carrier, desk, ranks[address.name])
-            if (address, upstream.key) in known:
-                upstream.inherit(known.pop((address, upstream.key)))
+        for rank, address in enumerate(settings.upstreams):
+            desk = desks.setdefault(address.name, Desk(carrier))
+            upstream = known.pop((address, settings.key(address)), None) or Upstream(address, settings, carrier, desk)
+            upstream.obey(settings)
             self.upstreams.append(upstream)
+            desk.limit = settings.slots.get(address.name, FOR_EVER)
+            desk.admit(upstream)
+        ranks = [upstream.name for upstream in self.upstreams]
+        for upstream in self.upstreams:
+            upstream.rank = ranks.index(upstream.name)
         for upstream in known.values():
             upstream.pool.close()
-        for upstream in self.upstreams:
-            upstream.desk.admit(upstream)
         self.is_alone = len(self.upstreams) == 1
         if self.is_alone:
             self.attempts = remembered(self.attempts)  # which then depend on no list

@@ -8,6 +8,7 @@ import ast
 import contextlib
 import doctest
 import email.message
+import email.utils
 import gzip
 import hmac
 import http.client
@@ -1864,6 +1865,761 @@ def test_connecting_too_long_is_a_502_that_names_the_limit(serve, upstream):
     assert status == 502 and b"no connection within 0.2 seconds" in body
 
 
+# ---- Catalogue --------------------------------------------------------------
+
+
+class Lister(Script):
+    """An upstream with models. Its lists wait for `lists_go`, and are not among its calls, which `answer(call)` answers."""
+
+    def __init__(self, *models, native=True):
+        super().__init__()
+        self.models, self.native, self.listed = list(models), native, []
+        self.answer, self.lists_go = lambda call: call.send(OK), threading.Event()
+        self.lists_go.set()
+        self.play = self._play
+
+    def _play(self, call):
+        key = {"/api/tags": "models", "/v1/models": "data"}.get(call.path)
+        if call.method not in ("GET", "HEAD") or not key:
+            return self.answer(call)
+        self.calls.remove(call)
+        self.listed.append(call.path)
+        self.lists_go.wait(WAIT)
+        if key == "models" and not self.native:
+            return call.send(b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\n{}")
+        entries = [self.entry(name) if key == "models" else {"id": name, "object": "model", "owned_by": "me", "n": 1} for name in self.models]
+        call.send(answer(200, json.dumps({"object": "list", key: entries}).encode()))
+
+    @staticmethod
+    def entry(name):
+        return {"name": name, "model": name, "size": 12345678901234567890, "details": {"family": "f", "parameter_size": "7B"}, "x": [1.0, None]}
+
+    def asked(self):
+        """The models that it was asked for."""
+        return [json.loads(call.body)["model"] for call in self.calls]
+
+
+def answer(status, body=b"{}", *lines):
+    head = "".join(f"{line}\r\n" for line in (f"HTTP/1.1 {status} X", f"Content-Length: {len(body)}", "Content-Type: application/json", *lines))
+    return head.encode() + b"\r\n" + body
+
+
+def says(status, body=b"{}", *lines):
+    return lambda call: call.send(answer(status, body, *lines))
+
+
+def chat(model, **more):
+    return json.dumps({"model": model, "messages": [], **more}).encode()
+
+
+def place(script):
+    return "|".join(map(place, script)) if isinstance(script, list) else f"http://127.0.0.1:{getattr(script, 'port', script)}"
+
+
+@pytest.fixture
+def gateway(serve):
+    """Start a gateway: gateway({name: Lister, or its copies, or a port}, NAME=value)."""
+    scripts = []
+
+    def start(upstreams, **environ):
+        for script in upstreams.values():
+            scripts.extend(script if isinstance(script, list) else [script])
+        server = serve(PROXY_UPSTREAMS=", ".join(f"{name}={place(script)}" for name, script in upstreams.items()), **environ)
+        until(lambda: server.server.catalogue.is_alone or not any(
+            one._looks or one.looked_at < 0 for one in server.server.catalogue.upstreams))
+        return server
+
+    yield start
+    for script in scripts:
+        if isinstance(script, Script):
+            script.lists_go.set()
+            script.close()
+
+
+@pytest.fixture
+def dead():
+    """A port that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        yield sock.getsockname()[1]
+
+
+def kill(script):
+    """Have nobody listen any more: a thread that accepts holds its socket open until it gets one more client."""
+    script.close()
+    until(lambda: refuses(script.port))
+
+
+def names(server, path="/api/tags", **headers):
+    key, name = ("models", "name") if path.startswith("/api/") else ("data", "id")
+    return [entry[name] for entry in json.loads(server.get("GET", path, **headers)[2])[key]]
+
+
+def test_the_list_is_the_union_with_the_clouds_models_under_their_cloud_names_and_every_field_kept(gateway):
+    local, cloud = Lister("a:1", "both:1", "gpt-oss:120b-cloud"), Lister("both:1", "glm-4.6", "gpt-oss:120b", "kimi:latest")
+    server = gateway({"local": local, "cloud": cloud}, PROXY_ALIASES="code=glm-4.6:cloud; fast=a:1; lost=nowhere:1")
+    wanted = ["a:1", "both:1", "gpt-oss:120b-cloud", "both:1-cloud", "glm-4.6:cloud", "kimi:cloud", "code", "fast"]
+    assert names(server) == names(server, "/v1/models") == wanted
+    entries = json.loads(server.get("GET", "/api/tags")[2])["models"]
+    assert entries == [Lister.entry(name) for name in wanted]
+    line = server.lines(3)[-1]
+    assert (line["status"], line["outcome"], line["upstream"], line["attempts"]) == (200, "ok", None, [])
+
+
+def test_what_only_openai_upstreams_have_is_not_in_ollamas_list_nor_asked_for_there(gateway):
+    vllm, local = Lister("q-vllm", native=False), Lister("a:1")
+    server = gateway({"vllm": vllm, "local": local})
+    assert (names(server), names(server, "/v1/models")) == (["a:1"], ["q-vllm", "a:1"])
+    assert server.get("POST", "/v1/chat/completions", chat("q-vllm:latest"))[1]["X-Proxy-Upstream"] == "vllm"
+    assert server.get("POST", "/api/chat", chat("q-vllm"))[1]["X-Proxy-Upstream"] == "local"
+    assert (vllm.asked(), local.asked()) == (["q-vllm"], ["q-vllm"])
+
+
+@pytest.mark.parametrize("asked, found", [
+    ("a:1", "a:1"), ("a%3A1", "a:1"), ("org%2Fb", "org/b"), ("org/b", "org/b"), ("c", "c:latest"), ("c:latest", "c:latest"), ("a:1:local", "a:1"),
+    ("gpt-oss:120b-cloud", "gpt-oss:120b-cloud"), ("gpt-oss:120b", "gpt-oss:120b-cloud"), ("mine", "mine"), ("none", None), ("a:1-cloud", None)])
+def test_one_model_of_the_list_may_be_asked_for_by_any_of_its_names(gateway, asked, found):
+    server = gateway({"local": Lister("a:1", "org/b", "c:latest"), "cloud": Lister("gpt-oss:120b")}, PROXY_ALIASES="mine=gpt-oss:120b-cloud")
+    status, _, body = server.get("GET", "/v1/models/" + asked)
+    assert (status, json.loads(body).get("id")) == ((200, found) if found else (404, None))
+    assert found or json.loads(body)["error"]["type"] == "not_found_error"
+
+
+def test_a_slow_upstream_does_not_hold_up_the_list_and_its_last_known_models_stay_in_it(gateway):
+    slow, quick = Lister("slow:1"), Lister("quick:1")
+    server = gateway({"slow": slow, "quick": quick})
+    assert names(server) == ["slow:1", "quick:1"]
+    slow.lists_go.clear()
+    slow.models, quick.models = ["new:1"], ["newer:1"]
+    assert names(server) == ["slow:1", "newer:1"]  # while the slow one has still not answered
+    slow.lists_go.set()
+    until(lambda: "new:1" in server.upstream.models)
+    assert names(server) == ["new:1", "newer:1"]
+
+
+def test_the_models_of_a_dead_upstream_stay_in_the_list_for_ten_minutes(gateway):
+    dying, other = Lister("dying:1"), Lister("other:1")
+    server = gateway({"dying": dying, "other": other})
+    assert names(server) == ["dying:1", "other:1"]
+    kill(dying)
+    assert names(server) == names(server) == ["dying:1", "other:1"]
+    when, *rest = server.upstream.lists["/api/tags"]
+    server.upstream.lists["/api/tags"] = (when - 601, *rest)
+    assert names(server) == ["other:1"]
+
+
+def test_without_any_list_the_answer_is_a_502(gateway, dead):
+    status, _, body = gateway({"a": dead, "b": dead}).get("GET", "/v1/models")
+    assert status == 502 and "no upstream has listed its models" in json.loads(body)["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"models": {}}', b'{"models": [1, {}, {"name": 3}, {"name": "ok:1"}]}', b"[" * 100_000, b""])
+def test_a_list_that_is_none_harms_nobody(gateway, body):
+    odd, good = Lister(), Lister("good:1")
+    odd.play = says(200, body)
+    server = gateway({"odd": odd, "good": good})
+    assert names(server)[-1] == "good:1"
+    assert server.get("POST", "/api/chat", chat("good:1"))[1]["X-Proxy-Upstream"] == "good"
+
+
+def test_a_single_upstreams_list_passes_untouched_and_with_aliases_only_they_are_added(serve):
+    alone = Lister("gpt-oss:120b")
+    raw = json.dumps({"models": [Lister.entry("gpt-oss:120b")], "more": 1.50}, indent=3).encode()
+    alone.play = lambda call: call.send(answer(200, raw))
+    place = f"cloud=http://127.0.0.1:{alone.port}"
+    assert serve(PROXY_UPSTREAMS=place).get("GET", "/api/tags")[2] == raw
+    listed = json.loads(serve(PROXY_UPSTREAMS=place, PROXY_ALIASES="mine=gpt-oss:120b-cloud").get("GET", "/api/tags")[2])
+    assert listed == {"models": [Lister.entry("gpt-oss:120b"), Lister.entry("mine")], "more": 1.5}
+    alone.close()
+
+
+def test_a_single_upstreams_refusal_to_list_passes_too(serve, upstream):
+    upstream.play = says(401, b'{"error": "unauthorized"}')
+    status, headers, body = serve(PROXY_ALIASES="a=b").get("GET", "/api/tags")
+    assert (status, headers["X-Proxy-Upstream"], body) == (401, "cloud", b'{"error": "unauthorized"}')
+
+
+@pytest.mark.parametrize("asked, sent", [("gpt-oss:120b-cloud", "gpt-oss:120b"), ("gpt-oss:120b", "gpt-oss:120b"), ("glm-4.6:CLOUD", "glm-4.6"),
+                                         ("mine", "glm-4.6"), ("mine:latest", "glm-4.6"), ("my-cloud", "my-cloud"), ("a/b:c-cloud", "a/b:c")])
+def test_a_single_cloud_is_asked_by_its_own_names_without_ever_being_asked_for_a_list(serve, upstream, asked, sent):
+    server = serve(PROXY_ALIASES="mine=glm-4.6:cloud")
+    _, headers, _ = server.get("POST", "/api/chat", chat(asked))
+    server.get("GET", f"/v1/models/{asked}") if asked[:4] != "mine" else None
+    assert json.loads(upstream.calls[0].body)["model"] == headers["X-Proxy-Model"] == sent
+    assert [call.path for call in upstream.calls[1:]] in ([], [f"/v1/models/{asked if asked == sent else sent.replace(':', '%3A')}"])
+    line = server.lines()[0]
+    assert (line["model"], line["model_sent"]) == (asked, sent)
+
+
+def test_a_model_that_says_twice_where_it_is_is_a_400_and_one_that_is_to_stay_local_never_goes_to_the_cloud(serve, upstream):
+    server = serve()
+    for model, status in ("a:cloud:local", 400), ("a:1-cloud:cloud", 400), ("a:local", 404):
+        assert server.get("POST", "/api/chat", chat(model))[0] == status
+    assert upstream.calls == []
+
+
+def test_a_model_goes_to_who_lists_it_in_order_of_preference(gateway):
+    first, second, cloud = Lister("a:1", "both:1"), Lister("both:1", "b", "glm"), Lister("glm", "only", "both:1")
+    server = gateway({"first": first, "second": second, "cloud": cloud})
+    for model, upstream, sent in [
+            ("both:1", "first", None), ("a:1", "first", None), ("b:latest", "second", None), ("glm", "second", None), ("only", "cloud", None),
+            ("glm:cloud", "cloud", "glm"), ("only:Cloud", "cloud", "only"), ("both:1-cloud", "cloud", "both:1"), ("both:1:local", "first", "both:1"),
+            ("unheard", "first", None), ("unheard:1-cloud", "cloud", "unheard:1"), ("unheard:local", "first", "unheard")]:
+        _, headers, _ = server.get("POST", "/api/chat", chat(model))
+        assert (headers["X-Proxy-Upstream"], headers["X-Proxy-Model"], headers["X-Proxy-Attempts"]) == (upstream, sent or model, "1")
+        script = {"first": first, "second": second, "cloud": cloud}[upstream]
+        assert json.loads(script.calls[-1].body)["model"] == (sent or model)
+
+
+@pytest.mark.parametrize("method, path, body", [("POST", "/api/show", {"name": "b:1"}), ("POST", "/api/show", {"model": "b:1", "name": "a:1"}),
+                                                ("POST", "/api/embed", {"model": "b:1"}), ("POST", "/v1/embeddings", {"model": "b:1"}),
+                                                ("POST", "/v1/rerank", {"model": "b:1"}), ("POST", "/tokenize", {"model": "b:1"})])
+def test_whatever_names_a_model_goes_where_that_is(gateway, method, path, body):
+    server = gateway({"a": Lister("a:1"), "b": Lister("b:1")})
+    assert server.get(method, path, json.dumps(body).encode(), Content_Type="application/json")[1]["X-Proxy-Upstream"] == "b"
+    assert server.lines()[0]["model"] == "b:1"
+
+
+def test_every_upstream_gets_its_own_key_and_no_other(gateway, dead):
+    one, two, spare = Lister("m:1"), Lister("m:1"), Lister("m:1")
+    one.answer = two.answer = says(401)
+    server = gateway({"one": one, "two": two, "cloud": spare}, PROXY_KEY_ONE="key-one", PROXY_KEY_TWO="key-two", OLLAMA_API_KEY="key-cloud",
+                     PROXY_FALLBACKS="m:1 -> m:1-cloud")
+    assert server.get("POST", "/api/chat", chat("m:1"), Authorization="Bearer mine")[1]["X-Proxy-Attempts"] == "3"
+    for script, key in (one, "key-one"), (two, "key-two"), (spare, "key-cloud"):
+        assert [call.all("authorization") for call in script.calls] == [["Bearer " + key]]
+
+
+def test_one_server_under_two_names_with_two_keys_is_two_upstreams(gateway):
+    script = Lister("m:1")
+    script.answer = lambda call: call.send(answer(401 if call.all("authorization") == ["Bearer spent"] else 200))
+    server = gateway({"team": script, "spare": script}, PROXY_KEY_TEAM="spent", PROXY_KEY_SPARE="good")
+    status, headers, _ = server.get("POST", "/api/chat", chat("m:1"))
+    assert (status, headers["X-Proxy-Upstream"], headers["X-Proxy-Attempts"]) == (200, "spare", "2")
+
+
+def test_bases_with_a_path_are_joined(serve, upstream):
+    upstream.play = lambda call: call.send(answer(200, b'{"models": [{"name": "m:1"}]}'))
+    server = serve(PROXY_UPSTREAMS=f"a={place(upstream)}/v1, b={place(upstream)}/mount/api/")
+    assert names(server) == ["m:1"]
+    server.get("POST", "/v1/chat/completions", chat("m:1"))
+    upstream.play = lambda call: call.send(answer(404 if call.path[:5] == "/api/" else 200))
+    server.get("POST", "/api/chat", chat("m:1"))
+    assert {call.path for call in upstream.calls} == {"/api/tags", "/mount/api/tags", "/v1/chat/completions", "/api/chat", "/mount/api/chat"}
+
+
+def test_the_less_busy_copy_is_asked_first(gateway):
+    copies = [Lister("m:1"), Lister("m:1")]
+    for copy in copies:
+        copy.answer = lambda call: copies[0].go_on.wait(WAIT) and call.send(OK)
+    server = gateway({"local": copies})
+    socks = [server.ask("POST", "/api/chat", chat("m:1"))]
+    until(lambda: copies[0].calls)
+    socks.append(server.ask("POST", "/api/chat", chat("m:1")))
+    until(lambda: copies[1].calls)
+    copies[0].go_on.set()
+    assert [server.read(sock)[1]["X-Proxy-Upstream"] for sock in socks] == ["local", "local"]
+
+
+@pytest.mark.parametrize("body", [b"not json", b"[]", b"{}", b'{"model": 3}', b'{"model": null}', b'{"model": ""}', b"[" * 200_000, b'{"a":' * 200_000,
+                                  b'{"model": "' + b"x" * 100_000 + b'"}', b""])
+def test_a_body_without_a_model_goes_to_the_first_upstream_as_it_came(gateway, body):
+    first, second = Lister("a:1"), Lister("b:1")
+    first.answer = says(400, b'{"error": "yours"}')
+    server = gateway({"first": first, "second": second}, PROXY_FALLBACKS="* -> b:1")
+    status, headers, said = server.get("POST", "/api/chat", body)
+    assert (status, said, headers["X-Proxy-Model"], first.calls[0].body, second.calls) == (400, b'{"error": "yours"}', None, body, [])
+
+
+def test_a_compressed_body_goes_to_the_first_upstream_and_the_log_says_so(gateway):
+    first, second = Lister("a:1"), Lister("b:1")
+    server = gateway({"first": first, "second": second})
+    body = gzip.compress(chat("b:1"))
+    assert server.get("POST", "/v1/responses", body, Content_Encoding="gzip")[1]["X-Proxy-Upstream"] == "first"
+    assert first.calls[0].body == body and "compressed" in server.lines()[0]["note"]
+
+
+def test_running_models_are_the_union_of_those_who_can_tell_and_the_version_is_the_firsts_that_has_one(gateway):
+    local, other, vllm = Lister("a:1"), Lister("b:1"), Lister("q", native=False)
+    local.answer = lambda call: call.send(answer(200, b'{"models": [{"name": "a:1"}]}') if call.path == "/api/ps" else answer(404))
+    other.answer = says(200, b'{"models": [{"name": "b:1"}], "version": "9.9.9"}')
+    vllm.answer = says(404)
+    server = gateway({"vllm": vllm, "local": local, "other": other})
+    assert names(server, "/api/ps") == ["a:1", "b:1"]
+    assert (json.loads(server.get("GET", "/api/version")[2])["version"], vllm.calls) == ("9.9.9", [])
+    kill(other)
+    assert names(server, "/api/ps") == ["a:1"]
+    assert json.loads(server.get("GET", "/api/version")[2]) == {"version": proxy.OWN_VERSION}
+
+
+def random_json(random, depth=0):
+    kind = random.randrange(7 if depth < 4 else 4)
+    if kind == 0:
+        return random.choice(["true", "null", "-1.0", "1e5", "12345678901234567890", '""', "1.50"])
+    if kind < 4:
+        return json.dumps("".join(random.choice('a"\\{}[]:,é\U0001f600\n model') for _ in range(random.randrange(9))), ensure_ascii=random.random() < .5)
+    blank = random.choice(["", " ", "\n\t"])
+    inner = [random_json(random, depth + 1) for _ in range(random.randrange(4))]
+    if kind == 4:
+        return "[" + f"{blank},".join(inner) + blank + "]"
+    return "{" + ",".join(f"{blank}{json.dumps(random.choice(['model', 'name', 'x', 'é']))}{blank}:{value}" for value in inner) + "}"
+
+
+def test_in_a_rewritten_body_only_the_bytes_of_the_last_top_level_model_change():
+    from random import Random
+    random, changed = Random(4), 0
+    for _ in range(1500):
+        pairs = [(random.choice(['"x"', '"\\u006dodel2"', '"name"', '"model"']), random_json(random)) for _ in range(random.randrange(6))]
+        pairs.insert(random.randrange(len(pairs) + 1), (random.choice(['"model"', '"mod\\u0065l"', ' "model" ']), json.dumps(random.choice(["a:1", "é\"", "m"]))))
+        pieces = [f"{key}: {value}" for key, value in pairs]
+        body = ("{" + ", ".join(pieces) + "}").encode()
+        last = max(at for at, (key, _) in enumerate(pairs) if json.loads(key) == "model")
+        named = proxy.named_model(body)
+        if not isinstance(json.loads(pairs[last][1]), str) or not json.loads(pairs[last][1]):
+            assert named is None
+            continue
+        wanted = [piece if at != last else f'{pairs[last][0]}: "n\\u00e9w"' for at, piece in enumerate(pieces)]
+        assert named.model == json.loads(body)["model"] and proxy.with_model(body, named, "néw") == ("{" + ", ".join(wanted) + "}").encode()
+        changed += 1
+    assert changed > 500
+
+
+def test_the_way_to_one_of_a_thousand_models_on_five_upstreams_is_found_in_no_time(gateway):
+    scripts = {f"u{number}": Lister(*(f"m{number}-{one}:1" for one in range(200))) for number in range(5)}
+    server = gateway(scripts)
+    catalogue, began = server.server.catalogue, time.process_time()
+    for one in range(200):
+        attempt, = catalogue.attempts(f"m4-{one}:1", "/api/chat", True)
+    assert attempt == (catalogue.upstreams[4], "m4-199:1") and (time.process_time() - began) / 200 < 0.0002
+
+
+def test_a_prompt_of_ten_megabytes_is_looked_at_and_copied_in_little_time():
+    body = b'{"messages": [{"role": "user", "content": "' + b"a \\n\\\"quoted\\\" " * 700_000 + b'"}], "model": "m:1-cloud"}'
+    began = time.process_time()
+    proxy.with_model(body, proxy.named_model(body), "m:1")
+    assert time.process_time() - began < 0.1  # README: 15 ms
+
+
+# ---- Fallbacks --------------------------------------------------------------
+
+
+SEED = ("qwen2.5-coder:7b -> qwen-coder-vllm -> qwen3-coder:480b-cloud; llama3.1:latest → qwen-coder-vllm > deepseek-v3.1:671b-cloud; "
+        "* -> gpt-oss:120b-cloud")
+
+
+@pytest.fixture
+def seed(gateway):
+    """The gateway of the seed, and its three upstreams."""
+    scripts = {"local": Lister("qwen2.5-coder:7b", "llama3.1:latest", "plain:1"), "vllm": Lister("qwen-coder-vllm", native=False),
+               "cloud": Lister("qwen3-coder:480b", "deepseek-v3.1:671b", "gpt-oss:120b", "glm-4.6")}
+    return (gateway(scripts, PROXY_FALLBACKS=SEED, PROXY_ALIASES="code=qwen2.5-coder:7b"), *scripts.values())
+
+
+def test_the_chain_of_three_is_tried_in_order_and_the_answer_the_log_and_the_headers_say_what_happened(seed):
+    server, local, vllm, cloud = seed
+    local.answer, vllm.answer = says(500), says(503)
+    status, headers, _ = server.get("POST", "/v1/chat/completions", chat("code"), Origin="http://localhost")
+    assert [status, *(headers[f"X-Proxy-{name}"] for name in ("Upstream", "Model", "Attempts"))] == [200, "cloud", "qwen3-coder:480b", "3"]
+    assert "X-Proxy-Model, X-Proxy-Attempts" in headers["Access-Control-Expose-Headers"]
+    assert (local.asked(), vllm.asked(), cloud.asked()) == (["qwen2.5-coder:7b"], ["qwen-coder-vllm"], ["qwen3-coder:480b"])
+    line, = server.lines()
+    assert (line["model"], line["model_sent"], line["upstream"], line["outcome"]) == ("code", "qwen3-coder:480b", "cloud", "ok")
+    assert line["attempts"] == [{"upstream": "local", "model": "qwen2.5-coder:7b", "status": 500, "outcome": "error"},
+                                {"upstream": "vllm", "model": "qwen-coder-vllm", "status": 503, "outcome": "error"},
+                                {"upstream": "cloud", "model": "qwen3-coder:480b", "status": 200, "outcome": "ok"}]
+
+
+def test_a_chain_member_that_nobody_has_for_the_path_is_skipped(seed):
+    server, local, vllm, cloud = seed
+    local.answer = says(503)
+    _, headers, _ = server.get("POST", "/api/chat", chat("llama3.1"))
+    assert (headers["X-Proxy-Model"], headers["X-Proxy-Attempts"], vllm.calls) == ("deepseek-v3.1:671b", "2", [])
+
+
+@pytest.mark.parametrize("model, attempts", [("plain:1", "2"), ("unheard:1", "2"), ("glm-4.6:cloud", "2")])
+def test_the_star_is_the_chain_of_models_that_have_none(seed, model, attempts):
+    server, *scripts = seed
+    for script in scripts:
+        script.answer = lambda call: call.send(answer(200 if b"gpt-oss" in call.body else 404))
+    status, headers, _ = server.get("POST", "/api/chat", chat(model))
+    assert (status, headers["X-Proxy-Model"], headers["X-Proxy-Attempts"]) == (200, "gpt-oss:120b", attempts)
+
+
+def test_show_is_of_the_model_itself_and_of_no_other(seed):
+    server, local, _, cloud = seed
+    local.answer = says(404)
+    assert (server.get("POST", "/api/show", b'{"model": "plain:1"}')[0], cloud.calls) == (404, [])
+
+
+@pytest.mark.parametrize("status", sorted(proxy.TRY_NEXT))
+def test_the_next_is_asked_when_one_answers(gateway, status):
+    first, second = Lister("m:1"), Lister("m:1")
+    first.answer = says(status)
+    status, headers, _ = gateway({"first": first, "second": second}).get("POST", "/api/chat", chat("m:1"))
+    assert (status, headers["X-Proxy-Upstream"], headers["X-Proxy-Attempts"], len(first.calls)) == (200, "second", "2", 1)
+
+
+def test_the_table_of_statuses_is_the_issues():
+    assert proxy.TRY_NEXT == {401, 402, 403, 404, 429, 500, 502, 503, 504, 529}
+
+
+@pytest.mark.parametrize("status", [200, 204, 302, 400, 405, 408, 409, 413, 415, 422, 501])
+def test_any_other_status_is_the_clients_own_and_ends_it(gateway, status):
+    first, second = Lister("m:1"), Lister("m:1")
+    first.answer = lambda call: call.send(answer(status, b"" if status == 204 else b"{}"))
+    got, headers, _ = gateway({"first": first, "second": second}).get("POST", "/api/chat", chat("m:1"))
+    assert (got, headers["X-Proxy-Attempts"], second.calls) == (status, "1", [])
+
+
+@pytest.mark.parametrize("phase", ["refused", "cut", "reset", "half a head", "garbage", "silent"])
+def test_the_next_is_asked_when_one_breaks_before_its_head(gateway, dead, phase):
+    first, second = Lister("m:1"), Lister("m:1")
+    first.answer = {"cut": lambda call: "close", "half a head": lambda call: call.send(b"HTTP/1.1 200 OK\r\nX") or "close",
+                    "reset": lambda call: call.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)) or "close",
+                    "garbage": lambda call: call.send(b"SSH-2.0-x\r\n\r\n") or "close", "silent": lambda call: call.was_left() and "close"}.get(phase)
+    server = gateway({"first": first, "second": second}, PROXY_READ_TIMEOUT="0.2")
+    if phase == "refused":
+        kill(first)
+        server.upstream.pool.prune(0)
+    status, headers, _ = server.get("POST", "/api/chat", chat("m:1"))
+    assert (status, headers["X-Proxy-Upstream"], headers["X-Proxy-Attempts"]) == (200, "second", "2")
+    outcome = {"refused": "unreachable", "silent": "timeout"}.get(phase, "upstream_lost")
+    assert server.lines()[0]["attempts"][0] == {"upstream": "first", "model": "m:1", "status": None, "outcome": outcome}
+
+
+def test_after_the_first_byte_no_other_is_asked(gateway):
+    first, second = Lister("m:1"), Lister("m:1")
+    first.answer = lambda call: call.send(STREAM) or call.chunk(b"half") or "close"
+    server = gateway({"first": first, "second": second})
+    with pytest.raises(Exception):
+        server.get("POST", "/api/chat", chat("m:1"))
+    assert (server.lines()[0]["outcome"], second.calls) == ("upstream_lost", [])
+
+
+def test_if_all_fail_the_client_gets_the_last_answer_that_one_gave(gateway):
+    first, second, third = Lister("m:1"), Lister("m:1"), Lister("m:1")
+    first.answer, second.answer = says(404), says(429, b'{"error": "too many"}', "X-Mine: 1")
+    third.answer = lambda call: "close"
+    server = gateway({"first": first, "second": second, "third": third})
+    status, headers, body = server.get("POST", "/api/chat", chat("m:1"))
+    assert (status, headers["X-Mine"], body) == (429, "1", b'{"error": "too many"}')
+    assert (headers["X-Proxy-Upstream"], headers["X-Proxy-Attempts"], server.lines()[0]["upstream"]) == ("second", "3", "second")
+
+
+@pytest.mark.parametrize("silent, status, outcome", [(False, 502, "upstream_lost"), (True, 504, "timeout")])
+def test_if_none_gave_an_answer_it_is_the_proxys_own(gateway, dead, silent, status, outcome):
+    first = Lister("m:1")
+    first.answer = lambda call: call.was_left() and "close" if silent else "close"
+    server = gateway({"dead": dead, "first": first}, PROXY_READ_TIMEOUT="0.2")
+    got, headers, body = server.get("POST", "/v1/messages", chat("m:1"))
+    assert (got, headers["X-Proxy-Attempts"], json.loads(body)["type"], server.lines()[0]["outcome"]) == (status, "1", "error", outcome)
+
+
+def test_a_stream_of_the_second_attempt_comes_piece_by_piece_and_leaving_ends_it(gateway):
+    first, second = Lister("m:1"), Lister("m:1")
+    first.answer = says(503)
+    second.answer = lambda call: call.send(STREAM) or call.chunk(b"one") or second.wait_left(call)
+    server = gateway({"first": first, "second": second})
+    sock = server.ask("POST", "/api/chat", chat("m:1"))
+    while b"one" not in sock.recv(65536):
+        pass
+    sock.close()
+    assert second.left.wait(WAIT)
+
+
+def test_a_kept_connection_outlives_an_answer_that_is_passed_over(gateway):
+    first, second = Lister("m:1"), Lister("m:1")
+    first.answer = says(503)
+    server = gateway({"first": first, "second": second})
+    for _ in range(3):
+        server.get("POST", "/api/chat", chat("m:1"))
+    assert (len(first.calls), first.connections) == (3, 1)
+
+
+@pytest.mark.parametrize("model, shown", [("é", "%C3%A9"), ("a\r\nX-Evil: 1", "a%0D%0AX-Evil:%201"), ("\ud800x", "%3Fx"), ("a" * 999, "a" * 200)])
+def test_a_models_name_cannot_harm_a_header(serve, upstream, model, shown):
+    _, headers, _ = serve().get("POST", "/api/chat", chat(model))
+    assert (headers["X-Proxy-Model"], headers["X-Evil"]) == (shown, None)
+
+
+# ---- Health -----------------------------------------------------------------
+
+
+def test_who_cannot_be_connected_to_is_skipped_at_once_for_a_while_that_doubles(gateway):
+    first, second = Lister("m:1"), Lister("m:1")
+    server = gateway({"first": first, "second": second})
+    kill(first)
+    server.upstream.pool.prune(0)
+    attempts = [server.get("POST", "/api/chat", chat("m:1"))[1]["X-Proxy-Attempts"] for _ in range(3)]
+    assert attempts == ["2", "1", "1"]
+    rests = []
+    for failures in range(10):
+        now = time.monotonic()
+        server.upstream._note(False, "", failures)
+        rests.append(round(server.upstream._rests[None] - now))
+    assert rests == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60]
+    server.upstream._note(True)
+    assert not server.upstream.rests()
+
+
+def test_after_its_rest_one_request_tries_it_while_others_go_elsewhere(gateway, monkeypatch):
+    first, second = Lister("m:1"), Lister("m:1")
+    server = gateway({"first": first, "second": second})
+    tried, go_on = threading.Event(), threading.Event()
+    server.upstream._note(False, "down", 5)
+    server.upstream._rests[None] = 0.0  # it is over
+    server.upstream.pool.prune(0)
+    connect = proxy.connect
+
+    def slow(carrier, candidate, deadline):
+        if candidate[4][1] == first.port:
+            tried.set()
+            yield from proxy.aside(carrier, False, None, go_on.wait, WAIT)
+        return (yield from connect(carrier, candidate, deadline))
+    monkeypatch.setattr(proxy, "connect", slow)
+    sock = server.ask("POST", "/api/chat", chat("m:1"))
+    assert tried.wait(WAIT)
+    assert server.get("POST", "/api/chat", chat("m:1"))[1]["X-Proxy-Upstream"] == "second"
+    go_on.set()
+    assert server.read(sock)[1]["X-Proxy-Upstream"] == "first"
+    assert server.get("POST", "/api/chat", chat("m:1"))[1]["X-Proxy-Upstream"] == "first"
+
+
+@pytest.mark.parametrize("after", ["3600", email.utils.formatdate(time.time() + 3600, usegmt=True)])
+def test_a_429_with_retry_after_rests_for_that_model_only(gateway, after):
+    first, second = Lister("m:1", "n:1"), Lister("m:1", "n:1")
+    first.answer = lambda call: call.send(answer(429, b"{}", f"Retry-After: {after}") if b"m:1" in call.body else OK)
+    server = gateway({"first": first, "second": second})
+    got = [server.get("POST", "/api/chat", chat(model))[1]["X-Proxy-Attempts"] for model in ("m:1", "m:1", "n:1")]
+    assert (got, first.asked()) == (["2", "1", "1"], ["m:1", "n:1"])
+
+
+@pytest.mark.parametrize("after", ["soon", "-1", "", "9" * 400, "Wed, 21 Oct 2015 07:28:00 GMT", "Fri, 99 Foo 0000", "٣"])
+def test_a_retry_after_that_makes_no_sense_is_none(gateway, after):
+    first, second = Lister("m:1"), Lister("m:1")
+    first.answer = says(429, b"{}", f"Retry-After: {after}")
+    server = gateway({"first": first, "second": second})
+    assert [server.get("POST", "/api/chat", chat("m:1"))[1]["X-Proxy-Attempts"] for _ in range(2)] == ["2", "2"]
+
+
+def test_with_everything_resting_the_best_is_tried_all_the_same(gateway):
+    first, second = Lister("m:1"), Lister("m:1")
+    server = gateway({"first": first, "second": second})
+    for one in server.server.catalogue.upstreams:
+        one._note(False, "down", 9)
+        one.pool.prune(0)
+    assert server.get("POST", "/api/chat", chat("m:1"))[1]["X-Proxy-Upstream"] == "first"
+
+
+def test_ready_is_who_can_reach_any_upstream(gateway, dead):
+    assert gateway({"dead": dead, "good": Lister("m:1")}).get("GET", "/-/ready")[0] == 200
+    assert gateway({"dead": dead, "too": dead}).get("GET", "/-/ready")[0] == 503
+
+
+# ---- Slots ------------------------------------------------------------------
+
+
+class Held(Lister):
+    """An upstream that answers each call when it is told to, with `finish()`."""
+
+    def __init__(self, *models, **more):
+        super().__init__(*models, **more)
+        self.turns, self.most, self.inside = threading.Semaphore(0), 0, 0
+        self.lock = threading.Lock()
+        self.answer = self._hold
+
+    def _hold(self, call):
+        with self.lock:
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+        self.turns.acquire(timeout=WAIT)
+        with self.lock:
+            self.inside -= 1
+        call.send(OK)
+
+    def finish(self):
+        self.turns.release()
+
+
+def queued(server, count):
+    until(lambda: sum(len(turns) for turns in server.upstream.desk._queue.values()) == count)
+
+
+def test_no_more_are_in_flight_than_there_are_slots_and_lists_take_none(gateway):
+    held = Held("m:1")
+    server = gateway({"local": held, "other": Lister("n:1")}, PROXY_SLOTS="local=2")
+    socks = [server.ask("POST", "/api/chat", chat("m:1")) for _ in range(6)]
+    queued(server, 4)
+    assert names(server) == ["m:1", "n:1"]
+    for _ in range(6):
+        held.finish()
+    assert [server.read(sock)[0] for sock in socks] == [200] * 6 and held.most == 2
+    assert sum(line["queue_ms"] is not None for line in server.lines(6, path="/api/chat")) == 4
+    assert server.upstream.busy == 0
+
+
+def test_callers_have_their_turn_one_after_the_other_and_each_ones_requests_in_order(gateway):
+    held = Held("m:1")
+    server = gateway({"local": held, "other": Lister()}, PROXY_SLOTS="local=1", PROXY_AUTH_TOKEN="ann:a, bob:b, cid:c")
+    order = ["a0", "a1", "a2", "a3", "b1", "b2", "c1"]
+    socks = []
+    for number, who in enumerate(order):
+        socks.append(server.ask("POST", "/api/chat", chat("m:1", who=who), Authorization=f"Bearer {who[0]}"))
+        until(lambda: held.calls) if not number else queued(server, number)
+    for number in range(len(order)):
+        until(lambda: len(held.calls) == number + 1)
+        held.finish()
+    assert [server.read(sock)[0] for sock in socks] == [200] * 7
+    assert [json.loads(call.body)["who"] for call in held.calls] == ["a0", "a1", "b1", "c1", "a2", "b2", "a3"]
+
+
+def test_who_leaves_the_queue_leaves_it_at_once_and_no_slot_is_lost(gateway):
+    held = Held("m:1")
+    server = gateway({"local": held, "other": Lister()}, PROXY_SLOTS="local=1")
+    socks = [server.ask("POST", "/api/chat", chat("m:1", n=n)) for n in range(1)]
+    until(lambda: held.calls)
+    socks += [server.ask("POST", "/api/chat", chat("m:1", n=n)) for n in (1, 2)]
+    queued(server, 2)
+    socks[1].close()
+    queued(server, 1)
+    assert server.lines(outcome="client_left")[0]["queue_ms"] > 0
+    for _ in range(2):
+        held.finish()
+    assert [server.read(sock)[0] for sock in (socks[0], socks[2])] == [200, 200]
+    until(lambda: server.upstream.busy == 0)
+
+
+@pytest.mark.parametrize("path, key", [("/api/chat", "error"), ("/v1/chat/completions", "message"), ("/v1/messages", "type")])
+def test_too_long_in_the_queue_is_a_503_with_a_retry_after_in_the_dialect_of_the_path(gateway, path, key):
+    held = Held("m:1")
+    server = gateway({"local": held, "other": Lister()}, PROXY_SLOTS="local=1", PROXY_QUEUE_TIMEOUT="0.1")
+    first = server.ask("POST", path, chat("m:1"))
+    until(lambda: held.calls)
+    status, headers, body = server.get("POST", path, chat("m:1"))
+    error = json.loads(body)
+    assert (status, key in error or key in error["error"]) == (503, True) and int(headers["Retry-After"]) >= 1 and b"PROXY_SLOTS" in body
+    line = server.lines(status=503)[0]
+    assert (line["outcome"], line["attempts"]) == ("refused", []) and line["queue_ms"] >= 100
+    held.finish()
+    assert server.read(first)[0] == 200
+
+
+def test_the_retry_after_grows_with_the_queue_and_with_how_long_slots_are_held(gateway):
+    desk = proxy.Desk(None)
+    desk.limit, desk._typical, desk._queue = 2, 30.0, {"a": [1, 2], "b": [3]}
+    assert desk.wait_expected(1, 99) == 60 and desk.wait_expected(2, 99) == 30 and proxy.Desk(None).wait_expected(1, 99) == 99
+
+
+@pytest.mark.parametrize("end", ["end", "cut", "cancel", "refusal", "silence"])
+def test_a_slot_is_free_again_however_an_answer_ends(gateway, end):
+    script = Lister("m:1")
+    script.answer = {
+        "end": lambda call: call.send(OK), "cut": lambda call: call.send(STREAM) or call.chunk(b"x") or "close",
+        "cancel": lambda call: call.send(STREAM) or call.chunk(b"x") or script.wait_left(call), "refusal": says(400),
+        "silence": lambda call: call.was_left() and "close"}[end]
+    server = gateway({"local": script, "other": Lister()}, PROXY_SLOTS="local=1", PROXY_READ_TIMEOUT="0.2" if end == "silence" else "9")
+    for _ in range(3):
+        sock = server.ask("POST", "/api/chat", chat("m:1"))
+        sock.recv(65536)
+        if end == "cancel":
+            sock.close()
+            assert script.left.wait(WAIT)
+        until(lambda: server.upstream.busy == 0)
+    assert len(script.calls) == 3
+
+
+def test_a_slot_is_free_once_the_answer_has_come_though_the_client_does_not_take_it(gateway):
+    script = Lister("m:1")
+    script.answer = says(200, b"x" * 8_000_000)
+    server = gateway({"local": script, "other": Lister()}, PROXY_SLOTS="local=1")
+    sock = server.ask("POST", "/api/chat", chat("m:1"))
+    until(lambda: script.calls)
+    assert server.read(sock)[0] == 200
+    until(lambda: server.upstream.busy == 0)
+
+
+def test_a_full_upstream_is_passed_over_if_a_later_one_has_a_slot_and_else_the_first_is_waited_for(gateway):
+    first, second = Held("m:1"), Held("m:1")
+    server = gateway({"first": first, "second": second}, PROXY_SLOTS="first=1, second=1")
+    socks = [server.ask("POST", "/api/chat", chat("m:1"))]
+    until(lambda: first.calls)
+    socks.append(server.ask("POST", "/api/chat", chat("m:1")))
+    until(lambda: second.calls)
+    socks.append(server.ask("POST", "/api/chat", chat("m:1")))
+    queued(server, 1)
+    second.finish()
+    assert server.read(socks[1])[1]["X-Proxy-Upstream"] == "second"
+    first.finish()
+    first.finish()
+    assert [server.read(socks[at])[1]["X-Proxy-Upstream"] for at in (0, 2)] == ["first", "first"]
+
+
+def test_each_copy_has_its_slots_and_who_waits_gets_whichever_is_free_first(gateway):
+    copies = [Held("m:1"), Held("m:1")]
+    server = gateway({"local": copies}, PROXY_SLOTS="local=1")
+    socks = [server.ask("POST", "/api/chat", chat("m:1")) for _ in range(3)]
+    queued(server, 1)
+    copies[1].finish()
+    until(lambda: len(copies[1].calls) == 2)
+    for copy in copies:
+        copy.finish()
+    assert [server.read(sock)[0] for sock in socks] == [200] * 3
+
+
+def test_when_the_queue_is_too_long_an_answer_that_was_given_before_counts(gateway):
+    first, second = Lister("m:1"), Held("m:1")
+    server = gateway({"first": first, "second": second}, PROXY_SLOTS="second=1", PROXY_QUEUE_TIMEOUT="0.1")
+    first.answer = says(429)
+    blocker = server.ask("POST", "/api/chat", chat("m:1"))
+    until(lambda: second.calls)
+    assert server.get("POST", "/api/chat", chat("m:1"))[0] == 429
+    second.finish()
+    assert server.read(blocker)[0] == 200
+
+
+def test_a_reload_keeps_who_is_in_flight_and_who_waits_and_obeys_the_new_number(gateway):
+    held = Held("m:1")
+    settings = dict(PROXY_SLOTS="local=1")
+    server = gateway({"local": held, "other": Lister()}, **settings)
+    socks = [server.ask("POST", "/api/chat", chat("m:1")) for _ in range(3)]
+    queued(server, 2)
+    environ = {"PROXY_ENV_FILE": os.devnull, "PROXY_UPSTREAMS": f"local={place(held)}, other=http://127.0.0.1:9", "PROXY_SLOTS": "local=2",
+               "PROXY_PORT": str(server.server.server_address[1]), "PROXY_LOG": str(server.log_path)}
+    server.server.reload(environ)
+    until(lambda: len(held.calls) == 2)
+    for _ in range(3):
+        held.finish()
+    assert [server.read(sock)[0] for sock in socks] == [200] * 3 and held.most == 2
+    until(lambda: server.upstream.busy == 0)
+
+
+# ---- Management -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/api/blobs/sha256:1", "/api/signout", "/api/user/keys/x",
+                                  "/api/usage?range=24h", "/api/balance", "/pull", "/api/%70ull", "//api//pull/", "/v1/api/pull", "/API/Pull", "/api/pull;x",
+                                  "/api\\pull", "/api%2Fpull", "/x/api/pull", "/api/%2570ull"])
+def test_management_is_refused_however_it_is_spelt_unless_it_is_on(serve, upstream, path):
+    status, _, body = serve(PROXY_MANAGE="off").get("POST", path, b'{"model": "m"}')
+    assert (status, b"PROXY_MANAGE" in body, upstream.calls) == ((403, True, []) if "%25" not in path else (200, False, upstream.calls))
+
+
+def test_with_several_upstreams_the_first_ollama_of_ones_own_is_managed(gateway):
+    cloud, vllm, local = Lister("a"), Lister("q", native=False), Lister("b:1")
+    server = gateway({"cloud": cloud, "vllm": vllm, "local": local}, PROXY_ALIASES="mine=new:1")
+    for method, path, body in [("POST", "/api/pull", b'{"name": "mine"}'), ("DELETE", "/api/delete", b'{"model": "a"}'), ("POST", "/api/blobs/x", b"blob"),
+                               ("GET", "/api/usage", None)]:
+        assert server.get(method, path, body)[1]["X-Proxy-Upstream"] == "local"
+    assert [call.body for call in local.calls] == [b'{"name": "new:1"}', b'{"model": "a"}', b"blob", b""]
+    server = gateway({"vllm": vllm, "cloud": cloud})
+    assert server.get("POST", "/api/pull", b'{"name": "x:1-cloud"}')[1]["X-Proxy-Upstream"] == "cloud"
+    assert cloud.calls[-1].body == b'{"name": "x:1"}'
+
+
+def test_who_one_is_may_be_asked_without_management(serve, upstream):
+    assert serve(PROXY_MANAGE="off").get("POST", "/api/me", b"")[0] == 200
+
+
 # ---- Handler ----------------------------------------------------------------
 
 
@@ -2370,12 +3126,13 @@ def test_a_reload_opens_no_door_that_a_start_would_not(serve):
 
 
 def test_a_reload_raises_the_limit_of_descriptors_too(server, upstream):
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (1000, hard))
-    server.server.carrier.perform(server.server.adopt, load(PROXY_MAX_CONNECTIONS="1000"))
-    raised = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert raised > 2000
+    settings, (soft, hard) = load(PROXY_MAX_CONNECTIONS="4000"), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 100, hard))
+    try:
+        server.server.carrier.perform(server.server.adopt, settings)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 8000
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_bug_in_what_hears_a_kept_connection_is_logged_once(server, upstream, monkeypatch):
