@@ -69,7 +69,6 @@ import time
 import urllib.request
 from collections import deque, namedtuple
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
 from email.utils import formatdate, parsedate_to_datetime
 from functools import lru_cache, partial
 from http.client import responses as REASONS
@@ -819,7 +818,7 @@ NATIVE = frozenset("generate chat tags show ps pull push create copy delete embe
 OPENAI = frozenset("completions models responses messages".split())
 INFERENCE = frozenset("/api/generate /api/chat /api/embed /api/embeddings /embeddings /v1/chat/completions "
                       "/v1/completions /v1/responses /v1/embeddings /v1/messages".split())
-NAMING = frozenset(["POST /api/show", "POST /api/pull", "POST /api/push", "DELETE /api/delete"])  # a model, or a name
+NAMING = frozenset(["/api/show", "/api/pull", "/api/push", "/api/delete"])  # their bodies say model, or else name
 MANAGEMENT = re.compile(r"/api/+(?:pull|push|create|copy|delete|blobs|signout|user/+keys|usage|balance)(?![^/;])")
 LISTS = frozenset(["GET /api/tags", "HEAD /api/tags", "GET /v1/models", "HEAD /v1/models", "POST /api/show"])
 OWN_ALIASES = {"/healthz": "/-/health", "/readyz": "/-/ready", "/metrics": "/-/metrics"}
@@ -1404,12 +1403,20 @@ def timestamp(seconds):
     >>> timestamp(0.0625)
     '1970-01-01T00:00:00.062Z'
     """
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")[:-6] + "Z"
+    return "%s.%03dZ" % (to_the_second(int(seconds)), seconds % 1 * 1000)
+
+
+@remembered
+def to_the_second(seconds):
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+
+
+to_json = json.JSONEncoder(check_circular=False).encode
 
 
 def json_line(keys, values):
     """One line for a machine."""
-    return json.dumps(dict(zip(keys, values)))
+    return to_json(dict(zip(keys, values)))
 
 
 def text_line(keys, values):
@@ -1895,20 +1902,20 @@ class Ask(urllib.request.Request):
         return time.monotonic() + self.patience if self.patience else None
 
 
-class Answer(namedtuple("Answer", "head decoder wire keep")):
-    """An upstream's answer, its body still to come on the wire, which is good for another request if it `keep`s."""
+class Answer(namedtuple("Answer", "head decoder wire pool")):
+    """An upstream's answer, its body still to come on the wire, which goes back to a pool if it can be used again."""
 
     __slots__ = ()
 
-    def release(self, pool):
+    def release(self):
         """Give the wire back to its pool if the answer is over, as that of an error mostly is; else close it."""
         wire, decoder = self.wire, self.decoder
         if not decoder.done:
             data, wire.ahead = wire.ahead, b""
             with suppress(Malformed):
                 decoder.feed(data)
-        if self.keep and decoder.done and not decoder.rest and not wire.ahead:
-            pool.put(wire)
+        if self.pool and decoder.done and not decoder.rest and not wire.ahead:
+            self.pool.put(wire)
         else:
             wire.close()
 
@@ -2048,10 +2055,6 @@ class Upstream(urllib.request.BaseHandler):
         """Go by these settings from now on."""
         self._connect_timeout, self._read_timeout = settings.connect_timeout, settings.read_timeout
 
-    @property
-    def is_full(self):
-        return self.busy >= self.desk.limit
-
     def ask(self, method, path, lines, body=b"", upload=None, patience=None):
         """Send a request, header `lines` given, and return its Answer; raises a Failure.
 
@@ -2172,7 +2175,7 @@ class Upstream(urllib.request.BaseHandler):
                         break
         except (EOFError, Malformed, TimeoutError):
             raise UpstreamLost(f"upstream {self.name} broke off within its list of models") from None
-        answer.release(self.pool)
+        answer.release()
         return b"".join(pieces)
 
     def _note(self, reachable, words="", before=0):
@@ -2228,7 +2231,7 @@ class Upstream(urllib.request.BaseHandler):
             if whole and ask.upload:
                 whole = yield from self._push_upload(wire, ask)
             answer = yield from self._hear(wire, ask)
-            return answer if whole else answer._replace(keep=False)  # else the next request would become its body
+            return answer if whole else answer._replace(pool=None)  # else the next request would become its body
         except (OSError, EOFError) as error:
             if isinstance(error, TimeoutError) and not error.errno:  # the system's own have a number
                 raise Silent(f"upstream {self.name} was silent for {ask.patience:g} seconds "
@@ -2276,7 +2279,7 @@ class Upstream(urllib.request.BaseHandler):
                 raise UpstreamLost(f"upstream {self.name} gave an answer that is not HTTP: {error}") from None
             if status == 101:
                 raise UpstreamLost(f"upstream {self.name} switched to a protocol that nobody asked for")
-        return Answer(head, Decoder(size), wire, head.keeps and size != UNTIL_CLOSE)
+        return Answer(head, Decoder(size), wire, self.pool if head.keeps and size != UNTIL_CLOSE else None)
 
 
 # ---- Carrier ----------------------------------------------------------------
@@ -2320,7 +2323,7 @@ class Task:
         self.deadline = FOR_EVER if deadline is None else deadline
         wires, events = wait[::2], wait[1::2]
         if self._wires:
-            self._let_go((*wires, self.client))
+            self._let_go(wires)
         self._wires = wires
         for wire, event in zip(wires, events):
             wire.watch(event, self._ready)
@@ -2351,7 +2354,8 @@ class Task:
 
     def _let_go(self, wires=()):
         for wire in self._wires:
-            if wire not in wires and getattr(wire.act, "__self__", None) is self:  # else it has been handed on
+            # The client is watched further, and what is not this task's any more has been handed on.
+            if wire is not self.client and wire not in wires and getattr(wire.act, "__self__", None) is self:
                 wire.watch(0)
 
     def _end(self):
@@ -2544,7 +2548,7 @@ class Exchange:
     FRAMING = re.compile(rb"\r\n[0-9A-Fa-f]+\r\n")
 
     __slots__ = ("client", "wire", "record", "out", "bytes_out", "chunked", "keep", "outcome", "deadline", "_answer",
-                 "_decoder", "_upstream", "_leave", "_blocked", "_tail", "_before", "_silence", "_stall", "_mask", "_passes_chunks",
+                 "_decoder", "_leave", "_blocked", "_tail", "_before", "_silence", "_stall", "_mask", "_passes_chunks",
                  "_counts", "_carrier")
 
     def __init__(self, client, settings, keep, record=None):
@@ -2560,17 +2564,17 @@ class Exchange:
         self.out, self.outcome = data, "ok"
         self._flush()
 
-    def begin(self, head, answer, upstream, chunked, counts, leave):
+    def begin(self, head, answer, mask, chunked, counts, leave):
         """Send the client the head of an upstream's answer, and its body as it comes; it may say token counts.
 
-        `leave` is called when the upstream has done its part.
+        `mask` is what an error must not say; `leave` is called when the upstream has done its part.
         """
         self.out, self._answer, self.chunked = head, answer, chunked
-        self.wire, self._decoder, self._upstream, self._leave = answer.wire, answer.decoder, upstream, leave
+        self.wire, self._decoder, self._leave = answer.wire, answer.decoder, leave
         self._tail = self._before = b""
         self._counts = counts and answer.head.status < 400 and not answer.head.get("content-encoding")
-        if upstream.mask and answer.head.status >= 300:
-            self._mask = Mask(upstream.mask.encode())
+        if mask and answer.head.status >= 300:
+            self._mask = Mask(mask.encode())
         self._passes_chunks = chunked and self._decoder.size == CHUNKED and not self._mask
         data, self.wire.ahead = self.wire.ahead, b""
         if self._decoder.done:
@@ -2673,7 +2677,7 @@ class Exchange:
         """Have done with the upstream."""
         if self.wire:
             self.wire = None
-            self._answer.release(self._upstream.pool)
+            self._answer.release()
             if self._leave:
                 self._leave()
 
@@ -2765,17 +2769,14 @@ class Catalogue:
 
     def is_reachable(self):
         """Whether a connection to any was made, or found open, in the last seconds, or can be now; asks nothing."""
-        def fresh():
-            return [upstream for upstream in self.upstreams if now - upstream.seen_at < upstream.FRESH]
+        def is_known():
+            return any(upstream.reachable for upstream in self.upstreams if upstream.seen_at > oldest)
 
-        now = time.monotonic()
-        reachable = any(upstream.reachable for upstream in fresh())
-        if not reachable and len(fresh()) < len(self.upstreams):
-            stale = [upstream for upstream in self.upstreams if upstream not in fresh()]
-            yield from self.look("", stale, self.settings.connect_timeout,
-                                 lambda: any(upstream.reachable for upstream in fresh()))
-            reachable = any(upstream.reachable for upstream in fresh())
-        return reachable
+        oldest = time.monotonic() - Upstream.FRESH
+        stale = [upstream for upstream in self.upstreams if upstream.seen_at <= oldest]
+        if stale and not is_known():
+            yield from self.look("", stale, self.settings.connect_timeout, is_known)
+        return is_known()
 
     def refresh(self):
         """See to it that what is known is new enough to find the way by."""
@@ -2792,9 +2793,11 @@ class Catalogue:
         asked = [upstream for upstream in self.upstreams if not upstream.rests()] or self.upstreams
         if path == "/api/ps":
             asked = self.able(path)
-        is_known = any(path in upstream.lists for upstream in self.upstreams)
         began = time.monotonic()
-        yield from self.look(path, asked, self.PATIENCE if is_known else self.settings.connect_timeout)
+        yield from self.look(path, asked, self.PATIENCE)
+        if not any(path in upstream.lists for upstream in self.upstreams):  # else it may wait for more
+            yield from self.look(path, asked, self.settings.connect_timeout,
+                                 lambda: any(path in upstream.lists for upstream in asked))
         oldest = began if path == "/api/ps" else began - self.KEPT
         lists = [(upstream, *upstream.lists[path]) for upstream in self.upstreams if path in upstream.lists]
         lists = [(upstream, document, listed) for upstream, when, document, listed in lists if when > oldest]
@@ -2880,6 +2883,33 @@ JSON_TYPE, TE_CHUNKED = "Content-Type: application/json\r\n", "Transfer-Encoding
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
+@remembered
+def given_id(head):
+    """The request's id, if its sender gave it a sane one."""
+    return head.get("x-request-id") if REQUEST_ID.fullmatch(head.get("x-request-id")) else None
+
+
+@remembered
+def check_request(head, own_name):
+    """Refuse what no proxy should do for anybody."""
+    if head.method in ("CONNECT", "TRACE"):
+        raise Refused(f"{head.method} is not for this proxy", 405, [("Allow", "GET, HEAD, POST, PUT, DELETE")])
+    if own_name in head.joined("via"):
+        raise Refused("this request has come from this proxy itself: PROXY_UPSTREAMS names it as its upstream", 508)
+    if head.get("expect").lower() not in ("", "100-continue"):
+        raise Refused("the only expectation met here is 100-continue", 417)
+
+
+@remembered
+def sender_lines(head, address, trusts, via):
+    """The header lines that tell an upstream whom the request comes from: this `address`, which may speak for others."""
+    chain = head.all("x-forwarded-for") if trusts else ()
+    host = trusts and head.get("x-forwarded-host") or head.get("host")
+    return (f"Via: 1.1 {via}\r\nX-Forwarded-For: {', '.join((*chain, address))}\r\n"
+            f"X-Forwarded-Proto: {trusts and head.get('x-forwarded-proto') or 'http'}\r\n"
+            + (f"X-Forwarded-Host: {host}\r\n" if host else ""))
+
+
 class Handler:
     """What is done for one request, until an exchange takes over: made by socketserver, done by a task."""
 
@@ -2894,7 +2924,8 @@ class Handler:
         self.head, self.target, self.upload, self.cors = None, None, None, self.doorman.cors_unseen
         self.is_stranger = False  # who is served without a token although there are tokens
         self.path, self.infers = "", False  # what is asked of the upstream, and whether it is to infer
-        self.body, self.named = None, None  # its body, if that was held, and the model that it names, a Named
+        self.body = self.named = None  # its body, if that was held, and the model that it names, a Named
+        self.failure = None  # of the last upstream that gave no answer
 
     def answer(self):
         """Answer one request. The one place where an exception meets the client."""
@@ -2931,18 +2962,10 @@ class Handler:
             raise ClientLeft("the client left before its request was whole") from error
         head = self.head = parse_request(block)
         record.method = head.method[:40]
-        given = head.get("x-request-id")
-        if given and REQUEST_ID.fullmatch(given):
-            record.id = given
+        record.id = given_id(head) or record.id
         self.cors = self.doorman.cors(head)
-        if head.method in ("CONNECT", "TRACE"):
-            raise Refused(f"{head.method} is not for this proxy", 405, [("Allow", "GET, HEAD, POST, PUT, DELETE")])
-        if self.server.name in head.joined("via"):
-            raise Refused("this request has come from this proxy itself: PROXY_UPSTREAMS names it as its upstream", 508)
-        expected = head.get("expect").lower()
-        self.upload = Upload(client, head.size, bool(expected and head.version), settings.client_timeout)
-        if expected not in ("", "100-continue"):
-            raise Refused("the only expectation met here is 100-continue", 417)
+        self.upload = Upload(client, head.size, bool(head.version and head.get("expect")), settings.client_timeout)
+        check_request(head, self.server.name)
         target = "/" if (head.method, head.target) == ("OPTIONS", "*") else head.target
         self.target = parse_target(target, settings.prefix)
         self.path, record.path = self.target.path, self.target.shown
@@ -3006,18 +3029,18 @@ class Handler:
 
     def hold_body(self):
         """Read the body if it may name a model, and look for the name."""
-        head, settings = self.head, self.settings
-        keys = ("model", "name") if f"{head.method} {self.path}" in NAMING else ("model",)
-        routes = not self.catalogue.is_alone or settings.aliases
-        is_json = head.method == "POST" and routes and not self.target.manages and "json" in head.get("content-type")
-        if not (self.is_stranger or self.infers or is_json or len(keys) > 1):
+        head, settings, carrier = self.head, self.settings, self.server.carrier
+        is_json = head.method == "POST" and not self.target.manages and "json" in head.get("content-type")
+        if not (self.infers or self.is_stranger or self.path in NAMING and head.method in ("POST", "DELETE")
+                or is_json and (settings.aliases or not self.catalogue.is_alone)):
             return
         body = self.body = yield from self.upload.whole(self.STRANGERS_BODY if self.is_stranger else settings.max_body)
         if head.get("content-encoding").lower() not in ("", "identity"):
             self.record.note = "the body is compressed, and the model that it names unknown"
             return
-        carrier, quick = self.server.carrier, len(body) < LONG
-        self.named = yield from aside(carrier, quick, None, named_model, body, keys)
+        keys, quick = ("model", "name") if self.path in NAMING else ("model",), len(body) < LONG
+        self.named = named_model(body, keys) if quick else (
+            yield from aside(carrier, False, None, named_model, body, keys))
         if self.named:
             self.record.model = self.named.model[:200]
         if self.path == "/embeddings":
@@ -3029,42 +3052,30 @@ class Handler:
         yield from self.hold_body()
         if not self.catalogue.is_alone:
             yield from self.catalogue.refresh()
-        attempts, last, failure = self.attempts(), None, None
+        attempts, last = self.attempts(), None
         awake = [attempt for attempt in attempts if not attempt.upstream.rests(attempt.model)]
         left = awake or [*attempts]
         try:
             while left:
-                attempt = next((attempt for attempt in left if not attempt.upstream.is_full), None)
-                try:
-                    attempt, leave = yield from self.enter(attempt, left)
-                except Refused:
-                    if last:
-                        break
-                    raise
-                try:
-                    answer = yield from self.ask(attempt)
-                except BaseException as error:
-                    leave()
-                    if not isinstance(error, (Unreachable, UpstreamLost, Silent)):
-                        raise
-                    failure = error
-                else:
-                    if answer.head.status not in TRY_NEXT:
-                        return self.give(answer, attempt, leave)
-                    leave()
-                    if last:
-                        last[0].release(last[1].upstream.pool)
-                    last = answer, attempt
+                attempt, leave = self.slot(left) or (yield from self.queue(left, bool(last)))
+                if not attempt:
+                    break
                 left.remove(attempt)
+                answer = yield from self.ask(attempt, leave)
+                if answer and answer.head.status not in TRY_NEXT:
+                    return self.give(answer, attempt, leave)
+                if answer and last:
+                    last[0].release()
+                last = (answer, attempt) if answer else last
                 if awake:
                     left = [attempt for attempt in left if not attempt.upstream.rests(attempt.model)]
             if not last:
-                raise failure
-            answer, last = last, None
-            self.give(*answer)
+                raise self.failure
+            given, last = last, None
+            self.give(*given)
         finally:
             if last:
-                last[0].release(last[1].upstream.pool)
+                last[0].release()
 
     def attempts(self):
         """Whom to ask for what, the best first; raises Refused."""
@@ -3078,60 +3089,70 @@ class Handler:
         self.path = path if model == name else f"{OPENAI_LIST}/{quote(model)}"
         return [Attempt(upstream, None)]
 
-    def enter(self, attempt, left):
-        """Take a slot for an attempt, or wait for the first of those that are left; return (attempt, how to leave)."""
+    def slot(self, left):
+        """Take a slot for the first attempt that needs not wait for one; return (attempt, how to leave), or None."""
         if self.head.method != "POST" or self.target.manages or self.path in ("/api/show", "/api/me"):
-            return attempt or left[0], lambda: None
-        began = now = time.monotonic()
-        if attempt:
-            attempt.upstream.busy += 1
-        else:
-            desk, model = left[0].upstream.desk, left[0].model
-            copies = [other.upstream for other in left if other.upstream.desk is desk and other.model == model]
-            patience = self.settings.queue_timeout
-            try:
-                copy = yield from desk.wait(self.record.caller or self.record.client, copies, began + patience)
-            except TimeoutError:
-                wait = min(max(1, round(desk.wait_expected(len(copies), patience))), 3600)
-                raise Refused(f"all slots of upstream {copies[0].name} (PROXY_SLOTS) were taken for {patience:g} "
-                              "seconds (PROXY_QUEUE_TIMEOUT)", 503, [("Retry-After", str(wait))]) from None
-            finally:
-                now = time.monotonic()
-                self.record.queue_ms = round((self.record.queue_ms or 0) + (now - began) * 1000, 3)
-            attempt = Attempt(copy, model)
-        return attempt, partial(attempt.upstream.desk.leave, attempt.upstream, now)
+            return left[0], lambda: None
+        for attempt in left:
+            if attempt.upstream.busy < attempt.upstream.desk.limit:
+                attempt.upstream.busy += 1
+                return attempt, partial(attempt.upstream.desk.leave, attempt.upstream, time.monotonic())
+        return None
 
-    def ask(self, attempt, patience=None):
-        """Ask one upstream, under the name that it has for the model; return its Answer, or raise a Failure."""
-        head, upload, body, named = self.head, self.upload, self.body, self.named
-        if named and attempt.model not in (None, named.model):
-            body = with_model(body, named, attempt.model)
+    def queue(self, left, has_answer):
+        """Wait for a slot for the first attempt, at whichever copy; return (attempt, how to leave), or raise Refused.
+
+        If an answer is at hand that was to be bettered, no slot is (None, None).
+        """
+        (first, model), patience, began = left[0], self.settings.queue_timeout, time.monotonic()
+        copies = [attempt.upstream for attempt in left if attempt.upstream.desk is first.desk and attempt.model == model]
+        try:
+            copy = yield from first.desk.wait(self.record.caller or self.record.client, copies, began + patience)
+        except TimeoutError:
+            if has_answer:
+                return None, None
+            wait = min(max(1, round(first.desk.wait_expected(len(copies), patience))), 3600)
+            raise Refused(f"all slots of upstream {first.name} (PROXY_SLOTS) were taken for {patience:g} seconds "
+                          "(PROXY_QUEUE_TIMEOUT)", 503, [("Retry-After", str(wait))]) from None
+        finally:
+            now = time.monotonic()
+            self.record.queue_ms = round((self.record.queue_ms or 0) + (now - began) * 1000, 3)
+        return Attempt(copy, model), partial(first.desk.leave, copy, now)
+
+    def ask(self, attempt, leave=lambda: None, patience=None):
+        """Ask one upstream, under the name that it has for the model; return its Answer, or None: see `failure`.
+
+        Unless its answer is the client's, `leave` is called.
+        """
+        head, upload, body, named, (upstream, model) = self.head, self.upload, self.body, self.named, attempt
+        if named and model not in (None, named.model):
+            body = with_model(body, named, model)
         size = head.size if body is None or head.size is None and not self.infers else len(body)
         try:
-            answer = yield from attempt.upstream.ask(
-                head.method, self.path + self.target.query, self.lines_up(size), body or b"",
-                None if upload.decoder.done else upload, patience)
-        except Failure as failure:
-            self.record.attempted(attempt.upstream.name, attempt.model, None, failure.outcome)
-            raise
+            answer = yield from upstream.ask(head.method, self.path + self.target.query, self.lines_up(size),
+                                             body or b"", None if upload.decoder.done else upload, patience)
+        except BaseException as failure:
+            leave()
+            if isinstance(failure, Failure):
+                self.record.attempted(upstream.name, model, None, failure.outcome)
+            if not isinstance(failure, (Unreachable, UpstreamLost, Silent)):
+                raise
+            self.failure = failure
+            return None
         status = answer.head.status
-        self.record.attempted(attempt.upstream.name, attempt.model, status, "ok" if status < 400 else "error")
-        if status == 429:
-            attempt.upstream.heed(attempt.model, answer.head.get("retry-after"))
+        self.record.attempted(upstream.name, model, status, "ok" if status < 400 else "error")
+        if status in TRY_NEXT:
+            leave()
+            if status == 429:
+                upstream.heed(model, answer.head.get("retry-after"))
         return answer
 
     def lines_up(self, size):
         """The header lines of the request, but for the upstream's own Host and key; `size` is that of its body."""
-        head, client = self.head, self.client
-        trusted = is_trusted(client.address, self.settings.trusted)
-        chain = head.all("x-forwarded-for") if trusted else ()
-        host = trusted and head.get("x-forwarded-host") or head.get("host")
-        return "".join((
-            fields_up(head, self.infers),
-            "" if size is None else TE_CHUNKED if size == CHUNKED else f"Content-Length: {size}\r\n",
-            f"Via: 1.1 {self.server.name}\r\nX-Forwarded-For: {', '.join((*chain, client.address))}\r\n"
-            f"X-Forwarded-Proto: {trusted and head.get('x-forwarded-proto') or 'http'}\r\n"
-            f"X-Request-Id: {self.record.id}\r\n", f"X-Forwarded-Host: {host}\r\n" if host else ""))
+        head, address = self.head, self.client.address
+        length = "" if size is None else TE_CHUNKED if size == CHUNKED else f"Content-Length: {size}\r\n"
+        return (fields_up(head, self.infers) + length + f"X-Request-Id: {self.record.id}\r\n"
+                + sender_lines(head, address, is_trusted(address, self.settings.trusted), self.server.name))
 
     # What comes down:
 
@@ -3157,7 +3178,7 @@ class Handler:
                           + (f"X-Proxy-Model: {in_a_header(attempt.model)}\r\n" if attempt.model else "")
                           + f"X-Proxy-Attempts: {len(record.attempts)}\r\nX-Accel-Buffering: no\r\n")
         record.upstream, record.model_sent = upstream.name, attempt.model
-        Exchange(self.client, self.settings, keep, record).begin(data, answer, upstream, chunked, self.infers, leave)
+        Exchange(self.client, self.settings, keep, record).begin(data, answer, upstream.mask, chunked, self.infers, leave)
 
     def give_version(self):
         """Relay the version of the first upstream that has one; where none has, say one that clients accept."""
@@ -3166,14 +3187,12 @@ class Handler:
         for upstream in catalogue.able(self.path):
             if upstream.rests() and not catalogue.is_alone:
                 continue
-            try:
-                patience = None if catalogue.is_alone else self.settings.connect_timeout
-                answer = yield from self.ask(Attempt(upstream, None), patience)
-            except (Unreachable, UpstreamLost, Silent):
-                continue
-            if answer.head.status == 200:
+            patience = None if catalogue.is_alone else self.settings.connect_timeout
+            answer = yield from self.ask(Attempt(upstream, None), patience=patience)
+            if answer and answer.head.status == 200:
                 return self.give(answer, Attempt(upstream, None))
-            answer.release(upstream.pool)
+            if answer:
+                answer.release()
         self.record.upstream = None
         self.reply(200, json.dumps({"version": OWN_VERSION}).encode(), JSON_TYPE, "ok")
 
