@@ -3379,22 +3379,28 @@ def raise_file_limit(clients):
 
 
 class Echo(BaseHTTPRequestHandler):
-    """The demo's upstream: a model that says the prompt back, word by word, in three dialects."""
+    """An upstream of the demo: models that say the prompt back, word by word, in three dialects.
+
+    Its server has `models`, their names, and `is_ollama`, whether it speaks Ollama's own API, too.
+    """
 
     disable_nagle_algorithm = True
-    MODEL = {"model": "echo"}
-    LISTED = {**MODEL, "name": "echo", "modified_at": "2026-01-01T00:00:00Z", "size": 0, "digest": "", "details": {
-        "format": "", "family": "echo", "parameter_size": "0B", "quantization_level": ""}}
-    PAGES = {"/api/tags": {"models": [LISTED]}, "/api/version": {"version": OWN_VERSION},
-             "/v1/models": {"object": "list", "data": [{"id": "echo", "object": "model", "owned_by": "demo"}]},
-             "/api/show": {"details": LISTED["details"], "model_info": {}, "capabilities": ["completion"]}}
 
     def log_message(self, *args):
         """The proxy in front keeps the log."""
 
     def do_GET(self):
-        page = self.PAGES.get(self.path, {"error": "there is no such page"})
-        self.send(200 if self.path in self.PAGES else 404, [json.dumps(page)])
+        details = {"format": "", "family": "echo", "parameter_size": "0B", "quantization_level": ""}
+        listed = [{"name": name, "model": name, "modified_at": "2026-01-01T00:00:00Z", "size": 0, "digest": name,
+                   "details": details} for name in self.server.models]
+        pages = {"/v1/models": {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "demo"}
+                                                           for name in self.server.models]}}
+        if self.server.is_ollama:
+            pages.update({"/api/tags": {"models": listed}, "/api/ps": {"models": []},
+                          "/api/version": {"version": OWN_VERSION},
+                          "/api/show": {"details": details, "model_info": {}, "capabilities": ["completion"]}})
+        page = pages.get(self.path, {"error": "there is no such page"})
+        self.send(200 if self.path in pages else 404, [json.dumps(page)])
 
     do_HEAD = do_GET
 
@@ -3407,8 +3413,11 @@ class Echo(BaseHTTPRequestHandler):
             return self.send(400, ['{"error": "expected a JSON object with a prompt or messages"}'])
         dialect = {"/api/chat": self.native, "/api/generate": self.native, "/v1/chat/completions": self.openai,
                    "/v1/messages": self.anthropic}.get(self.path)
-        if not dialect:
+        if not dialect or dialect == self.native and not self.server.is_ollama:
             return self.do_GET()
+        self.model = {"model": asked.get("model", self.server.models[0])}
+        if self.model["model"] not in self.server.models:
+            return self.send(404, [json.dumps({"error": f"model {self.model['model']!r} not found"})])
         whole, events = dialect(said, re.findall(r"\S*\s*", said)[:-1])
         if asked.get("stream", dialect == self.native):
             self.send(200, events, "application/x-ndjson" if dialect == self.native else "text/event-stream", 0.05)
@@ -3419,7 +3428,7 @@ class Echo(BaseHTTPRequestHandler):
         def piece(text, **more):
             chat = {"message": {"role": "assistant", "content": text}}
             said = chat if self.path == "/api/chat" else {"response": text}
-            return {**self.MODEL, "created_at": timestamp(time.time()), **said, **more}
+            return {**self.model, "created_at": timestamp(time.time()), **said, **more}
 
         last = {"done": True, "done_reason": "stop", "prompt_eval_count": len(words), "eval_count": len(words)}
         events = [piece(word, done=False) for word in words] + [piece("", **last)]
@@ -3427,7 +3436,7 @@ class Echo(BaseHTTPRequestHandler):
 
     def openai(self, said, words):
         def piece(kind, usage=None, **choice):
-            return {"id": "chatcmpl-demo", "object": kind, "created": int(time.time()), **self.MODEL, "usage": usage,
+            return {"id": "chatcmpl-demo", "object": kind, "created": int(time.time()), **self.model, "usage": usage,
                     "choices": [{"index": 0, "finish_reason": None, **choice}]}
 
         usage = {"prompt_tokens": len(words), "completion_tokens": len(words), "total_tokens": 2 * len(words)}
@@ -3438,7 +3447,7 @@ class Echo(BaseHTTPRequestHandler):
 
     def anthropic(self, said, words):
         usage = {"input_tokens": len(words), "output_tokens": len(words)}
-        whole = {"id": "msg_demo", "type": "message", "role": "assistant", **self.MODEL, "stop_reason": "end_turn",
+        whole = {"id": "msg_demo", "type": "message", "role": "assistant", **self.model, "stop_reason": "end_turn",
                  "stop_sequence": None, "usage": usage, "content": [{"type": "text", "text": said}]}
         events = [{"type": "message_start", "message": {**whole, "content": [], "stop_reason": None}},
                   {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}]
@@ -3529,15 +3538,28 @@ def serve(environ):
     return run(server, environ)
 
 
+# What the demo serves: a GPU box's Ollama, a vLLM and the cloud, each with models that echo.
+DEMO = {"local": ("echo", "llama3.1:latest"), "vllm": ("qwen-coder-vllm",),
+        "cloud": ("gpt-oss:120b", "qwen3-coder:480b", "glm-4.6")}
+DEMO_SETTINGS = {"PROXY_ENV_FILE": os.devnull, "PROXY_ALIASES": "code=qwen3-coder:480b-cloud",
+                 "PROXY_FALLBACKS": "qwen2.5-coder:7b -> qwen-coder-vllm -> qwen3-coder:480b-cloud"}
+
+
+def echo(name, models):
+    """Start an upstream of the demo; returns `name=url`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
+    server.models, server.is_ollama = models, name != "vllm"
+    server.handle_error = lambda *_: None  # a client that leaves in mid-answer is nothing to report
+    threading.Thread(target=server.serve_forever, name=f"echo {name}", daemon=True).start()
+    return f"{name}=http://127.0.0.1:{server.server_port}"
+
+
 def demo(environ):
-    """Try everything without a key: a built-in model that echoes, and the real proxy before it."""
+    """Try everything without a key: three upstreams with models that echo, and the real proxy before them."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    echo = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
-    echo.handle_error = lambda *_: None  # a client that leaves in mid-answer is nothing to report
-    threading.Thread(target=echo.serve_forever, name="echo", daemon=True).start()
     kept = {name: text for name, text in environ.items() if name in ("PROXY_LOG", "PROXY_LOG_FORMAT")}
-    environ = {"PROXY_UPSTREAMS": f"demo=http://127.0.0.1:{echo.server_port}", "PROXY_ENV_FILE": os.devnull,
-               "PROXY_PORT": environ.get("PROXY_PORT") or "0", **kept}
+    environ = {"PROXY_UPSTREAMS": ", ".join(echo(name, models) for name, models in DEMO.items()),
+               "PROXY_PORT": environ.get("PROXY_PORT") or "0", **DEMO_SETTINGS, **kept}
     server = start(Settings.load(environ)[0])
     said = {"model": "echo", "messages": [{"role": "user", "content": "Every word comes the moment it is said."}]}
     print(f"A model that echoes, behind the real proxy at {server.url}, streams:\n\n    ", end="", flush=True)
@@ -3545,10 +3567,12 @@ def demo(environ):
     with direct.open(server.url + "/api/chat", json.dumps(said).encode()) as answer:
         for line in answer:
             print(json.loads(line)["message"]["content"], end="", flush=True)
-    print(f"""\n\nTry it (Ctrl-C ends it):
+    print(f"""\n\nTry it (Ctrl-C ends it); the last asks for a model that only a fallback has, and shows who answered:
 
   curl -N {server.url}/api/generate -d '{{"model": "echo", "prompt": "hello from curl"}}'
   curl -N {server.url}/v1/chat/completions -d '{json.dumps({**said, "stream": True})}'
+  curl {server.url}/v1/models
+  curl -i {server.url}/v1/chat/completions -d '{json.dumps({**said, "model": "qwen2.5-coder:7b"})}'
 """, flush=True)
     return run(server, environ)
 
@@ -3604,6 +3628,12 @@ def probe(upstream):
     sure, unsure = (("key accepted", "whether the key is good remains open") if upstream.key else
                    ("no key set, none needed", "no key set"))
     print(f"  {sure if status < 300 else unsure} (GET {path}: {status})")
+    try:
+        yield from upstream.fetch("/api/tags")
+        print(f"  lists {len(upstream.models)} models, in {'Ollama' if upstream.is_ollama else 'OpenAI'}'s API"
+              + ("" if upstream.is_ollama else " only: it takes no part below /api"))
+    except Failure as failure:
+        print(f"  {failure}")
     return status < 500
 
 

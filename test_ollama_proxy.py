@@ -3275,6 +3275,10 @@ def test_check_masks_secrets_and_says_what_the_upstream_answers(upstream):
     done = run("check", **environ)
     assert done.returncode == 0 and "key accepted" in done.stdout and " ms" in done.stdout
     assert "sk-good" not in done.stdout and "tok-en" not in done.stdout
+    assert "does not list its models" in done.stdout
+    for path, words in ("/api/tags", "lists 1 models, in Ollama's API\n"), ("/v1/models", "in OpenAI's API only: it takes no part below /api"):
+        upstream.play = lambda call: call.send(answer(200, b'{"models": [{"name": "a"}], "data": [{"id": "a"}]}') if call.path == path else answer(404))
+        assert words in run("check", **environ).stdout
     upstream.play = lambda call: call.send(b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n")
     done = run("check", **environ)
     assert done.returncode == 1 and "the key is refused (401): set OLLAMA_API_KEY" in done.stdout
@@ -3292,11 +3296,11 @@ def test_demo_streams_an_answer_and_its_curl_lines_work():
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, universal_newlines=True)
     try:
         text, lines = "", []
-        while len(lines) < 2:
+        while len(lines) < 4:
             text += process.stdout.readline()
             lines = re.findall(r"^  (curl .*)$", text, re.M)
         assert "Every word comes the moment it is said." in text
-        for line in lines:
+        for line in lines[:2] + lines[3:]:
             done = subprocess.run(line, shell=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=WAIT)
             assert done.returncode == 0 and len(done.stdout.splitlines()) > 3
         port = int(re.search(r":(\d+)", text)[1])
@@ -3310,6 +3314,10 @@ def test_demo_streams_an_answer_and_its_curl_lines_work():
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)
             connection.request("GET", path)
             assert connection.getresponse().status == 200
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)
+        connection.request("GET", "/v1/models")
+        assert [one["id"] for one in json.load(connection.getresponse())["data"]][-2:] == ["glm-4.6:cloud", "code"]
+        assert b"X-Proxy-Upstream: vllm" in done.stdout and b"X-Proxy-Attempts: 2" in done.stdout
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(WAIT) == 0
