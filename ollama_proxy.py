@@ -276,7 +276,8 @@ class Address(namedtuple("Address", "name scheme host port mount")):
         """
         if not name and re.match(r"[^/=:]*=", text):
             name, _, text = text.partition("=")
-        name, text = name.strip(), text.strip()
+            name = name.strip() or "="  # which is no name
+        text = text.strip()
         if not TOKEN_TEXT.fullmatch(text):
             raise ValueError("expected name=url with a URL such as http://127.0.0.1:11434")
         url = urlsplit(text)
@@ -819,7 +820,7 @@ OPENAI = frozenset("completions models responses messages".split())
 INFERENCE = frozenset("/api/generate /api/chat /api/embed /api/embeddings /embeddings /v1/chat/completions "
                       "/v1/completions /v1/responses /v1/embeddings /v1/messages".split())
 NAMING = frozenset(["/api/show", "/api/pull", "/api/push", "/api/delete"])  # their bodies say model, or else name
-MANAGEMENT = re.compile(r"/api/+(?:pull|push|create|copy|delete|blobs|signout|user/+keys|usage|balance)(?![^/;])")
+MANAGEMENT = re.compile(r"/api/+(?:pull|push|create|copy|delete|blobs|signout|user/+keys|usage|balance)(?![^/])")
 LISTS = frozenset(["GET /api/tags", "HEAD /api/tags", "GET /v1/models", "HEAD /v1/models", "POST /api/show"])
 OWN_ALIASES = {"/healthz": "/-/health", "/readyz": "/-/ready", "/metrics": "/-/metrics"}
 AUTHORITY = re.compile(r"https?://[^/?#@]+(?=[/?#]|\Z)", re.I)
@@ -861,7 +862,7 @@ def parse_target(target, prefix=""):
     if DOT_SEGMENT.search(spelt):
         raise Refused("a path here has no . or .. segments")
     return Target(path, mark + query, token, shown, path in ("/", "/-") or path.startswith("/-/"),
-                  bool(MANAGEMENT.search(spelt.lower())))
+                  bool(MANAGEMENT.search(re.sub(";[^/]*", "", spelt.lower()))))
 
 
 def strip_mounts(path, prefix):
@@ -1057,6 +1058,9 @@ STRUCTURE = re.compile(rb'["{}\[\]]')
 # Bounded, since the matcher takes memory for each repetition, and holds up all threads while it runs.
 STRING_PART = re.compile(rb'[^"\\]{0,100000}(?:\\.[^"\\]{0,1000}){0,500}', re.S)
 MODEL_FIRST = re.compile(rb'\s*\{\s*"model"\s*:\s*"([ !#-\[\]-~]{0,500})"')
+# From the end, no string can be taken for something else: what is closed last was opened by the quote before.
+MODEL_LAST = re.compile(rb'(?<!\\)"model"\s*:\s*"([ !#-\[\]-~]{0,500})"\s*'
+                        rb'(?:,\s*"[^"\\]*"\s*:\s*(?:"[^"\\]*"|[-+.\w]+|\{\s*"[^"\\]*"\s*:\s*\w+\s*\})\s*)*\}\s*\Z')
 ESCAPED_MODEL = re.compile(rb"\\u006[45c-fC-F]")  # a letter of the key, as nobody but an attacker writes it
 COLON = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*")
 NAME_LIMIT = 2000  # bytes of a model's name; a longer one is none
@@ -1101,6 +1105,9 @@ def members(body):
 
 def string_end(body, at):
     """The index behind the JSON string whose content begins at `at`, None if it does not end."""
+    end = body.find(b'"', at)
+    if end > 0 and body[end - 1] != ord("\\"):  # in a prompt without quotes, this takes a tenth of the time
+        return end + 1
     while True:
         end = STRING_PART.match(body, at).end()
         if body[end:end + 1] == b'"':
@@ -1121,6 +1128,9 @@ def named_model(body, keys=("model",)):
     """
     match = MODEL_FIRST.match(body)
     if match and body.count(b'"model"') == 1 and not ESCAPED_MODEL.search(body):  # nearly always: it can mean no other
+        return Named(match[1].decode(), match.start(1) - 1, match.end(1) + 1)
+    match = MODEL_LAST.search(body, max(body.rfind(b'"model"'), len(body) - 1000)) if body[:1] == b"{" else None
+    if match and match[1]:
         return Named(match[1].decode(), match.start(1) - 1, match.end(1) + 1)
     found = members(body)
     for begin, end in (found.get(key, (0, 0)) for key in keys):
@@ -1319,10 +1329,11 @@ def is_trusted(address, trusted):
 def cloud_name(name):
     """What a model of the cloud is called where there are others.
 
-    >>> cloud_name("gpt-oss:120b"), cloud_name("glm-4.6")
-    ('gpt-oss:120b-cloud', 'glm-4.6:cloud')
+    >>> cloud_name("gpt-oss:120b"), cloud_name("glm-4.6:latest"), cloud_name("a:cloud")
+    ('gpt-oss:120b-cloud', 'glm-4.6:cloud', 'a:cloud')
     """
-    return name + ("-cloud" if ":" in name.rpartition("/")[2] else ":cloud")
+    name = model_key(name)
+    return name if SOURCE.fullmatch(name) else name + ("-cloud" if ":" in name.rpartition("/")[2] else ":cloud")
 
 
 @remembered
@@ -1793,15 +1804,15 @@ def parse_list(path, body):
 
 
 def seconds_until(retry_after):
-    """The seconds that a Retry-After says, as a number or a date; 0 if it says none.
+    """The seconds that a Retry-After says, as a number or a date, but no more than a week; 0 if it says none.
 
     >>> seconds_until("120"), seconds_until("Wed, 21 Oct 2015 07:28:00 GMT"), seconds_until("soon")
     (120, 0, 0)
     """
     if re.fullmatch("[0-9]{1,9}", retry_after, re.A):
-        return int(retry_after)
+        return min(int(retry_after), 604_800)
     try:
-        return max(0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+        return min(max(0, parsedate_to_datetime(retry_after).timestamp() - time.time()), 604_800)
     except (ValueError, TypeError, OverflowError):
         return 0
 
@@ -2039,7 +2050,7 @@ class Upstream(urllib.request.BaseHandler):
         self.is_ollama = self.models = None  # whether it has /api; {model_key(name): name}; not known yet
         self.lists = {}  # by path: (when it came, the document, its [(name, entry)])
         self.seen_at, self.reachable, self.looked_at = float("-inf"), None, float("-inf")
-        self._looks = {}  # by path: whom to tell when it is there
+        self._looks, self.trouble = {}, ""  # by path, whom to tell when it is there; why the last look was in vain
         self._failures, self._rests = 0, {}  # in a row; until when it is not asked: at all (None), or for a model
         self._carrier = carrier
         self.obey(settings)
@@ -2099,7 +2110,8 @@ class Upstream(urllib.request.BaseHandler):
 
     def rests(self, model=None):
         """Whether it had better not be asked now, be it for this model only."""
-        return bool(self._rests) and time.monotonic() < max(self._rests.get(None, 0.0), self._rests.get(model, 0.0))
+        return bool(self._rests) and time.monotonic() < max(
+            self._rests.get(None, 0.0), self._rests.get(model_key(model or ""), 0.0))
 
     def heed(self, model, retry_after):
         """Let it rest for a model after a 429, as long as it said."""
@@ -2107,7 +2119,7 @@ class Upstream(urllib.request.BaseHandler):
         if patience:
             now = time.monotonic()
             self._rests = {key: until for key, until in self._rests.items() if until > now}
-            self._rests[model] = now + patience
+            self._rests[model_key(model or "")] = now + patience
             self._carrier.log.complain(f"rest {self.name} {model}", f"upstream {self.name} has no more of {model} for "
                                        f"{patience:.0f} seconds")
 
@@ -2124,10 +2136,11 @@ class Upstream(urllib.request.BaseHandler):
     def _look(self, path):
         try:
             yield from (self.fetch(path) if path else self.reach())
-        except (Unreachable, Stopped):
-            return  # noted already, or of no interest any more
+            self.trouble = ""
         except Failure as failure:
-            self._carrier.log.complain(f"list {self.name}", str(failure))
+            self.trouble = str(failure)
+            if not isinstance(failure, (Unreachable, Stopped)):  # else it is noted already, or of no interest any more
+                self._carrier.log.complain(f"list {self.name}", self.trouble)
         finally:
             for seen in self._looks.pop(path):
                 seen()
@@ -2321,6 +2334,7 @@ class Task:
             self._end()
             raise
         self.deadline = FOR_EVER if deadline is None else deadline
+        self._carrier.due = min(self._carrier.due, self.deadline)
         wires, events = wait[::2], wait[1::2]
         if self._wires:
             self._let_go(wires)
@@ -2367,14 +2381,14 @@ class Task:
 class Carrier:
     """The thread, what it watches, and what other threads want of it."""
 
-    TICK = 0.25  # seconds between looks at the deadlines
+    TICK = 0.25  # seconds at most between looks at the deadlines
     AT_ONCE = 256  # events that are taken in hand before more are asked for
 
     def __init__(self, log):
         self.log, self.current = log, None
         self.poll, self.wires = getattr(select, "epoll", Poll)(), {}  # by file descriptor
         self.buffer = memoryview(bytearray(PIECE))
-        self.now = self._next_look = time.monotonic()
+        self.now = self.due = time.monotonic()  # when deadlines are looked at next
         self._inbox, self._closed = deque(), False
         self.waiting = set()  # tasks and exchanges: whatever has a deadline
         self.keep_house = lambda: None  # what else is to be done at each look
@@ -2416,7 +2430,7 @@ class Carrier:
         """Carry, until close()."""
         poll, wires, inbox = self.poll.poll, self.wires, self._inbox
         while not self._closed:
-            ready = poll(0 if inbox else self.TICK, self.AT_ONCE)
+            ready = poll(0 if inbox else max(0, self.due - time.monotonic()), self.AT_ONCE)
             self.now = now = time.monotonic()
             for wire, events in [(wires[fd], events) for fd, events in ready]:
                 act = wire.act
@@ -2428,7 +2442,7 @@ class Carrier:
                     self._drop(act, bug)
             for act, arguments in [inbox.popleft() for _ in range(len(inbox))] if inbox else ():
                 self._guard(act, *arguments)
-            if now >= self._next_look:
+            if now >= self.due:
                 self._look()
         for wire in [*wires.values()]:
             wire.close()
@@ -2436,11 +2450,13 @@ class Carrier:
 
     def _look(self):
         """See whose time is up."""
-        self._next_look = self.now + self.TICK
+        self.due = self.now + self.TICK
         self._guard(self.keep_house)
         for thing in [*self.waiting]:
-            if self.now > thing.deadline:
+            if self.now >= thing.deadline:
                 self._guard(thing.expire)
+            else:
+                self.due = min(self.due, thing.deadline)
 
     def _guard(self, act, *arguments):
         try:
@@ -2813,7 +2829,7 @@ class Catalogue:
             for name, entry in listed:
                 entries[upstream, model_key(name)] = entry
                 if upstream.address.is_cloud and not self.is_alone:
-                    name = cloud_name(model_key(name))
+                    name = cloud_name(name)
                     entry = renamed(path, entry, name)
                 found.setdefault(model_key(name), entry)
         for alias, name in self.settings.aliases.items():
@@ -3015,10 +3031,11 @@ class Handler:
             return None
         found, body = (yield from self.catalogue.union(path)) or (None, None)
         if found is None and not alone:
-            raise Unreachable("no upstream has listed its models in the last ten minutes")
+            raise Unreachable("; ".join(["no upstream has listed its models in the last ten minutes", *dict.fromkeys(
+                upstream.trouble for upstream in self.catalogue.upstreams if upstream.trouble)]))
         if found is not None and name is not None:
             bare, source = split_source(name)
-            keys = [model_key(bare)] if source == "local" else [model_key(name), cloud_name(model_key(bare))]
+            keys = [model_key(bare)] if source == "local" else [model_key(name), cloud_name(bare)]
             entry = next((found[key] for key in keys if key in found), None)
             if not entry:
                 raise Refused(f"no upstream here lists the model {printable(name)}", 404)
@@ -3184,10 +3201,10 @@ class Handler:
         """Relay the version of the first upstream that has one; where none has, say one that clients accept."""
         yield from self.hold_body()
         catalogue = self.catalogue
-        for upstream in catalogue.able(self.path):
+        for upstream in sorted(catalogue.able(self.path), key=lambda upstream: upstream.models is None):
             if upstream.rests() and not catalogue.is_alone:
                 continue
-            patience = None if catalogue.is_alone else self.settings.connect_timeout
+            patience = None if catalogue.is_alone else 3 * catalogue.PATIENCE
             answer = yield from self.ask(Attempt(upstream, None), patience=patience)
             if answer and answer.head.status == 200:
                 return self.give(answer, Attempt(upstream, None))

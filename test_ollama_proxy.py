@@ -497,7 +497,7 @@ def test_a_huge_body_is_looked_through_in_little_time_and_memory():
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     assert proxy.named_model(body).model == "m"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000 and time.process_time() - began < 2
-    assert proxy.named_model(b'{"x": [' + b"{}," * 4_000_000 + b'{}], "model": "m"}') is None
+    assert proxy.named_model(b'{"x": [' + b"{}," * 4_000_000 + b'{}], "model": "m", "y": []}') is None
 
 
 @pytest.mark.parametrize("tail, counts", [
@@ -1997,6 +1997,18 @@ def test_a_slow_upstream_does_not_hold_up_the_list_and_its_last_known_models_sta
     assert names(server) == ["new:1", "newer:1"]
 
 
+def test_a_wait_ends_when_it_is_due_and_not_at_the_next_tick(gateway):
+    slow, quick = Lister("slow:1"), Lister("quick:1")
+    server = gateway({"slow": slow, "quick": quick})
+    slow.lists_go.clear()
+    took = []
+    for _ in range(3):
+        began = time.monotonic()
+        assert names(server) == ["slow:1", "quick:1"]
+        took.append(time.monotonic() - began)
+    assert 0.3 <= min(took) < 0.4
+
+
 def test_the_models_of_a_dead_upstream_stay_in_the_list_for_ten_minutes(gateway):
     dying, other = Lister("dying:1"), Lister("other:1")
     server = gateway({"dying": dying, "other": other})
@@ -2191,6 +2203,15 @@ def test_the_way_to_one_of_a_thousand_models_on_five_upstreams_is_found_in_no_ti
     for one in range(200):
         attempt, = catalogue.attempts(f"m4-{one}:1", "/api/chat", True)
     assert attempt == (catalogue.upstreams[4], "m4-199:1") and (time.process_time() - began) / 200 < 0.0002
+
+
+@pytest.mark.parametrize("body, model", [
+    (b'{"a": "\\\\", "model": "x"}', "x"), (b'{"a": "b\\"model\": \"x\"}', None), (b'{"model": "a", "x": {"model": "b"}}', "a"), (b'{"x": {"model": "b"}}', None),
+    (b'{"model": "a", "model": "b", "stream": true, "o": {"include_usage": true}, "n": -1.5e3 }\n', "b"), (b'[{"model": "b"}]', None),
+    (b'{"x": "a\\", \\"model\\": \\"b\\"}"}', None), (b'{"model": "a", "mod\\u0065l": "b"}', "b"), (b'{"model": "a", "x": "}", "model": ""}', None)])
+def test_a_model_at_the_end_of_a_body_is_no_other_than_the_one_that_a_parser_finds(body, model):
+    named = proxy.named_model(body)
+    assert (named and named.model) == model
 
 
 def test_a_prompt_of_ten_megabytes_is_looked_at_and_copied_in_little_time():
@@ -2392,6 +2413,14 @@ def test_a_429_with_retry_after_rests_for_that_model_only(gateway, after):
     server = gateway({"first": first, "second": second})
     got = [server.get("POST", "/api/chat", chat(model))[1]["X-Proxy-Attempts"] for model in ("m:1", "m:1", "n:1")]
     assert (got, first.asked()) == (["2", "1", "1"], ["m:1", "n:1"])
+
+
+def test_no_retry_after_rests_for_more_than_a_week_and_latest_rests_with_its_model(gateway):
+    first, second = Lister("m"), Lister("m")
+    first.answer = says(429, b"{}", "Retry-After: Wed, 21 Oct 9998 07:28:00 GMT")
+    server = gateway({"first": first, "second": second})
+    assert [server.get("POST", "/api/chat", chat(model))[1]["X-Proxy-Attempts"] for model in ("m", "m:latest")] == ["2", "1"]
+    assert server.upstream._rests["m"] < time.monotonic() + 605_000
 
 
 @pytest.mark.parametrize("after", ["soon", "-1", "", "9" * 400, "Wed, 21 Oct 2015 07:28:00 GMT", "Fri, 99 Foo 0000", "٣"])
@@ -2598,7 +2627,7 @@ def test_a_reload_keeps_who_is_in_flight_and_who_waits_and_obeys_the_new_number(
 
 @pytest.mark.parametrize("path", ["/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/api/blobs/sha256:1", "/api/signout", "/api/user/keys/x",
                                   "/api/usage?range=24h", "/api/balance", "/pull", "/api/%70ull", "//api//pull/", "/v1/api/pull", "/API/Pull", "/api/pull;x",
-                                  "/api\\pull", "/api%2Fpull", "/x/api/pull", "/api/%2570ull"])
+                                  "/api\\pull", "/api;x/pull", "/api%2Fpull", "/x/api/pull", "/api/%2570ull"])
 def test_management_is_refused_however_it_is_spelt_unless_it_is_on(serve, upstream, path):
     status, _, body = serve(PROXY_MANAGE="off").get("POST", path, b'{"model": "m"}')
     assert (status, b"PROXY_MANAGE" in body, upstream.calls) == ((403, True, []) if "%25" not in path else (200, False, upstream.calls))
