@@ -2168,7 +2168,7 @@ class Upstream(urllib.request.BaseHandler):
         if path == "/api/tags":
             self.is_ollama = True
         if path == ("/api/tags" if self.is_ollama else OPENAI_LIST):
-            self.models = {model_key(name): name for name, _ in reversed(listed)}
+            self.models = {model_key(name): name for name, _ in listed}
 
     def _whole(self, answer):
         """Read an answer's body; raises a Failure."""
@@ -3100,7 +3100,7 @@ class Handler:
         if self.target.manages:
             return catalogue.managers(name, path)
         if not path.startswith(OPENAI_LIST + "/"):
-            return catalogue.attempts(name, path, self.infers)
+            return catalogue.attempts(name, path, path not in NAMING)
         name = unquote(path[len(OPENAI_LIST) + 1:])
         upstream, model = catalogue.attempts(name, path)[0]
         self.path = path if model == name else f"{OPENAI_LIST}/{quote(model)}"

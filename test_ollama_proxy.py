@@ -308,6 +308,33 @@ def test_a_key_that_would_travel_in_clear_to_a_public_host_is_warned_about():
     assert [url for url, shown in warned.items() if shown] == ["http://8.8.8.8", "http://gpu.example.com"]
 
 
+@pytest.mark.parametrize("name, value, words", [
+    ("PROXY_UPSTREAMS", "a=http://h, a=http://i", "two upstreams are called a"), ("PROXY_UPSTREAMS", "a-1=http://h, a_1=http://i", "share PROXY_KEY_A_1"),
+    ("PROXY_UPSTREAMS", "http://h:1, http://h:2", "write name=url"), ("PROXY_UPSTREAMS", "a=http://h|http://h", "each once"), ("PROXY_UPSTREAMS", ",", "each once"),
+    ("PROXY_UPSTREAMS", "=http://h", "letters, digits"), ("PROXY_UPSTREAMS", "a=http://h|", "with a URL such as"), ("PROXY_UPSTREAMS", "a=http://h|b=http://i", "http:// or https://"),
+    ("PROXY_ALIASES", "a=b; b=c", "b is an alias itself"), ("PROXY_ALIASES", "a=a:latest", "alias itself"), ("PROXY_ALIASES", "a=b; a:latest=c", "each alias once"),
+    ("PROXY_ALIASES", "a", "expected alias=model"), ("PROXY_ALIASES", "=a", "expected alias=model"), ("PROXY_ALIASES", "*=a", "expected alias=model"),
+    ("PROXY_ALIASES", "a=b:cloud:local", "not both"), ("PROXY_FALLBACKS", "a", "expected model -> model"), ("PROXY_FALLBACKS", "a -> ", "expected model -> model"),
+    ("PROXY_FALLBACKS", "a -> b -> *", "expected model -> model"), ("PROXY_FALLBACKS", "a -> b; a:latest -> c", "one chain a model"),
+    ("PROXY_FALLBACKS", "a -> b -> b:latest", "has one model twice"), ("PROXY_FALLBACKS", "a -> b:cloud:local", "not both"), ("PROXY_SLOTS", "cloud=0", "the number from 1"),
+    ("PROXY_SLOTS", "cloud=1, cloud=2", "each upstream once"), ("PROXY_SLOTS", "cloud", "expected name=number"), ("PROXY_SLOTS", "gpu=1", "no upstream is called gpu; there is cloud"),
+    ("PROXY_MANAGE", "perhaps", "expected on or off"), ("PROXY_QUEUE_TIMEOUT", "0", "seconds, more than 0")])
+def test_what_cannot_be_meant_of_many_upstreams_is_refused_and_the_words_say_why(name, value, words):
+    text = complaints(**{name: value})
+    assert name in text and words in text
+
+
+def test_a_chain_has_no_model_twice_nor_a_model_two_chains_after_aliases_are_resolved():
+    assert "the chain of b has one model twice" in complaints(PROXY_ALIASES="a=b", PROXY_FALLBACKS="a -> c -> b")
+    assert "two chains are for one model" in complaints(PROXY_ALIASES="a=b", PROXY_FALLBACKS="a -> c; b -> d")
+
+
+def test_chains_and_aliases_are_read_in_any_spelling():
+    settings = load(PROXY_ALIASES="x = m:latest ;y=n\nz=o", PROXY_FALLBACKS="x->b→ c > d;* -> y")
+    assert settings.aliases == {"x": "m:latest", "y": "n", "z": "o"}
+    assert [settings.chain(settings.meant(name)) for name in ("x", "m", "other")] == [["m:latest", "b", "c", "d"], ["m", "b", "c", "d"], ["other", "n"]]
+
+
 # ---- Heads and paths --------------------------------------------------------
 
 
@@ -1921,11 +1948,11 @@ def gateway(serve):
     """Start a gateway: gateway({name: Lister, or its copies, or a port}, NAME=value)."""
     scripts = []
 
-    def start(upstreams, **environ):
+    def start(upstreams, wait=True, **environ):
         for script in upstreams.values():
             scripts.extend(script if isinstance(script, list) else [script])
         server = serve(PROXY_UPSTREAMS=", ".join(f"{name}={place(script)}" for name, script in upstreams.items()), **environ)
-        until(lambda: server.server.catalogue.is_alone or not any(
+        until(lambda: server.server.catalogue.is_alone or not wait or not any(
             one._looks or one.looked_at < 0 for one in server.server.catalogue.upstreams))
         return server
 
@@ -2025,6 +2052,18 @@ def test_without_any_list_the_answer_is_a_502(gateway, dead):
     assert status == 502 and "no upstream has listed its models" in json.loads(body)["error"]["message"]
 
 
+def test_a_list_waits_for_the_first_that_answers_if_nothing_is_known_yet(gateway, monkeypatch):
+    monkeypatch.setattr(proxy.Catalogue, "PATIENCE", 0.05)
+    one, other = Lister("one:1"), Lister("other:1")
+    one.lists_go.clear()
+    other.lists_go.clear()
+    server = gateway({"one": one, "other": other}, wait=False)
+    sock = server.ask("GET", "/api/tags")
+    until(lambda: len(server.upstream._looks.get("/api/tags", ())) == 3)  # it has begun to wait for longer
+    one.lists_go.set()
+    assert [entry["name"] for entry in json.loads(server.read(sock)[2])["models"]] == ["one:1"]
+
+
 @pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"models": {}}', b'{"models": [1, {}, {"name": 3}, {"name": "ok:1"}]}', b"[" * 100_000, b""])
 def test_a_list_that_is_none_harms_nobody(gateway, body):
     odd, good = Lister(), Lister("good:1")
@@ -2081,6 +2120,23 @@ def test_a_model_goes_to_who_lists_it_in_order_of_preference(gateway):
         assert (headers["X-Proxy-Upstream"], headers["X-Proxy-Model"], headers["X-Proxy-Attempts"]) == (upstream, sent or model, "1")
         script = {"first": first, "second": second, "cloud": cloud}[upstream]
         assert json.loads(script.calls[-1].body)["model"] == (sent or model)
+
+
+def test_a_bare_name_that_ones_own_server_lists_never_goes_to_the_cloud(gateway):
+    local, cloud = Lister("m:1"), Lister("m:1")
+    local.answer = says(503)
+    status, headers, _ = gateway({"cloud": cloud, "local": local}).get("POST", "/api/chat", chat("m:1"))
+    assert (status, headers["X-Proxy-Attempts"], cloud.calls) == (503, "1", [])
+
+
+def test_preference_goes_before_being_less_busy(gateway):
+    first, second = Lister("m:1"), Lister("m:1")
+    first.answer = lambda call: first.go_on.wait(WAIT) and call.send(OK)
+    server = gateway({"first": first, "second": second})
+    socks = [server.ask("POST", "/api/chat", chat("m:1")) for _ in range(2)]
+    until(lambda: len(first.calls) == 2)
+    first.go_on.set()
+    assert [server.read(sock)[1]["X-Proxy-Upstream"] for sock in socks] == ["first", "first"] and not second.calls
 
 
 @pytest.mark.parametrize("method, path, body", [("POST", "/api/show", {"name": "b:1"}), ("POST", "/api/show", {"model": "b:1", "name": "a:1"}),
@@ -2207,7 +2263,7 @@ def test_the_way_to_one_of_a_thousand_models_on_five_upstreams_is_found_in_no_ti
 
 @pytest.mark.parametrize("body, model", [
     (b'{"a": "\\\\", "model": "x"}', "x"), (b'{"a": "b\\"model\": \"x\"}', None), (b'{"model": "a", "x": {"model": "b"}}', "a"), (b'{"x": {"model": "b"}}', None),
-    (b'{"model": "a", "model": "b", "stream": true, "o": {"include_usage": true}, "n": -1.5e3 }\n', "b"), (b'[{"model": "b"}]', None),
+    (b'{"model": "a", "model": "b", "stream": true, "o": {"include_usage": true}, "n": -1.5e3 }\n', "b"), (b'[{"model": "b"}]', None), (b'[1, {"model": "b"}', None),
     (b'{"x": "a\\", \\"model\\": \\"b\\"}"}', None), (b'{"model": "a", "mod\\u0065l": "b"}', "b"), (b'{"model": "a", "x": "}", "model": ""}', None)])
 def test_a_model_at_the_end_of_a_body_is_no_other_than_the_one_that_a_parser_finds(body, model):
     named = proxy.named_model(body)
@@ -2349,12 +2405,27 @@ def test_a_stream_of_the_second_attempt_comes_piece_by_piece_and_leaving_ends_it
 
 
 def test_a_kept_connection_outlives_an_answer_that_is_passed_over(gateway):
-    first, second = Lister("m:1"), Lister("m:1")
-    first.answer = says(503)
-    server = gateway({"first": first, "second": second})
+    scripts = [Lister("m:1") for _ in range(3)]
+    for script in scripts[:2]:
+        script.answer = says(503)
+    server = gateway(dict(zip("abc", scripts)))
     for _ in range(3):
-        server.get("POST", "/api/chat", chat("m:1"))
-    assert (len(first.calls), first.connections) == (3, 1)
+        assert server.get("POST", "/api/chat", chat("m:1"))[0] == 200
+    assert [(len(script.calls), script.connections) for script in scripts] == [(3, 1)] * 3
+
+
+def test_an_attempt_is_made_once_though_two_names_of_a_chain_mean_it(serve, upstream):
+    upstream.play = says(503)
+    assert serve(PROXY_FALLBACKS="m -> m:cloud -> n").get("POST", "/api/chat", chat("m"))[1]["X-Proxy-Attempts"] == "2"
+
+
+def test_who_has_just_proved_dead_is_not_asked_for_the_next_name_of_the_chain(gateway):
+    first, second = Lister("m:1", "n:1"), Lister("z:1")
+    server = gateway({"first": first, "second": second}, PROXY_FALLBACKS="m:1 -> n:1 -> z:1")
+    kill(first)
+    server.upstream.pool.prune(0)
+    _, headers, _ = server.get("POST", "/api/chat", chat("m:1"))
+    assert (headers["X-Proxy-Model"], headers["X-Proxy-Attempts"]) == ("z:1", "2")
 
 
 @pytest.mark.parametrize("model, shown", [("é", "%C3%A9"), ("a\r\nX-Evil: 1", "a%0D%0AX-Evil:%201"), ("\ud800x", "%3Fx"), ("a" * 999, "a" * 200)])
@@ -2403,6 +2474,26 @@ def test_after_its_rest_one_request_tries_it_while_others_go_elsewhere(gateway, 
     assert server.get("POST", "/api/chat", chat("m:1"))[1]["X-Proxy-Upstream"] == "second"
     go_on.set()
     assert server.read(sock)[1]["X-Proxy-Upstream"] == "first"
+    assert server.get("POST", "/api/chat", chat("m:1"))[1]["X-Proxy-Upstream"] == "first"
+
+
+def test_who_leaves_while_it_tries_one_that_rested_does_not_keep_others_from_trying(gateway, monkeypatch):
+    first, second = Lister("m:1"), Lister("m:1")
+    server = gateway({"first": first, "second": second})
+    server.upstream._note(False, "down", 5)
+    server.upstream._rests[None] = 0.0  # it is over
+    server.upstream.pool.prune(0)
+    tried, connect = threading.Event(), proxy.connect
+
+    def stuck(carrier, candidate, deadline):
+        tried.set()
+        yield (deadline,)
+    monkeypatch.setattr(proxy, "connect", stuck)
+    sock = server.ask("POST", "/api/chat", chat("m:1"))
+    assert tried.wait(WAIT)
+    sock.close()
+    server.lines(outcome="client_left")
+    monkeypatch.setattr(proxy, "connect", connect)
     assert server.get("POST", "/api/chat", chat("m:1"))[1]["X-Proxy-Upstream"] == "first"
 
 
@@ -2480,6 +2571,9 @@ def test_no_more_are_in_flight_than_there_are_slots_and_lists_take_none(gateway)
     socks = [server.ask("POST", "/api/chat", chat("m:1")) for _ in range(6)]
     queued(server, 4)
     assert names(server) == ["m:1", "n:1"]
+    answers, held.answer = held.answer, lambda call: call.send(OK)
+    assert [server.get("POST", path, chat("m:1"))[0] for path in ("/api/show", "/api/me")] == [200, 200]
+    held.answer = answers
     for _ in range(6):
         held.finish()
     assert [server.read(sock)[0] for sock in socks] == [200] * 6 and held.most == 2
@@ -2593,6 +2687,58 @@ def test_each_copy_has_its_slots_and_who_waits_gets_whichever_is_free_first(gate
     for copy in copies:
         copy.finish()
     assert [server.read(sock)[0] for sock in socks] == [200] * 3
+
+
+def test_who_waits_gets_no_copy_that_does_not_have_its_model(gateway):
+    copies = [Held("m:1"), Held("m:1", "n:1")]
+    server = gateway({"local": copies}, PROXY_SLOTS="local=1")
+    socks = [server.ask("POST", "/api/chat", chat("m:1"))]
+    until(lambda: copies[0].calls)
+    socks.append(server.ask("POST", "/api/chat", chat("m:1")))
+    until(lambda: copies[1].calls)
+    socks.append(server.ask("POST", "/api/chat", chat("n:1")))
+    queued(server, 1)
+    copies[0].finish()
+    assert server.read(socks[0])[0] == 200
+    queued(server, 1)
+    copies[1].finish()
+    copies[1].finish()
+    assert [server.read(sock)[0] for sock in socks[1:]] == [200, 200] and copies[1].asked() == ["m:1", "n:1"]
+
+
+def test_a_slot_that_comes_as_its_client_leaves_is_given_back():
+    class Carrier:
+        current = proxy.Task(None, None)
+
+        def soon(self, act, ticket):
+            pass
+
+    desk, copy = proxy.Desk(Carrier()), type("Copy", (), {"busy": 1})
+    desk.limit, wait = 1, desk.wait("ann", [copy], 0)
+    next(wait)
+    desk.leave(copy)
+    assert copy.busy == 1
+    with pytest.raises(proxy.ClientLeft):
+        wait.throw(proxy.ClientLeft("gone"))
+    assert copy.busy == 0 and not desk._queue
+
+
+def test_a_list_that_comes_too_late_wakes_nobody_who_has_gone_on_to_wait_for_something_else(gateway):
+    held, slow = Held("m:1"), Lister("slow:1")
+    server = gateway({"local": held, "slow": slow}, PROXY_SLOTS="local=1")
+    first = server.ask("POST", "/api/chat", chat("m:1"))
+    until(lambda: held.calls)
+    slow.lists_go.clear()
+    for one in server.server.catalogue.upstreams:
+        one.looked_at -= 11
+    second = server.ask("POST", "/api/chat", chat("m:1"))
+    queued(server, 1)
+    slow.lists_go.set()
+    until(lambda: not server.server.catalogue.upstreams[1]._looks)
+    queued(server, 1)
+    for sock in first, second:
+        held.finish()
+        assert server.read(sock)[0] == 200
 
 
 def test_when_the_queue_is_too_long_an_answer_that_was_given_before_counts(gateway):
