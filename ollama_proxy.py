@@ -52,6 +52,7 @@ import gc
 import hmac
 import ipaddress
 import json
+import math
 import os
 import queue
 import random
@@ -862,7 +863,7 @@ def parse_target(target, prefix=""):
     if DOT_SEGMENT.search(spelt):
         raise Refused("a path here has no . or .. segments")
     return Target(path, mark + query, token, shown, path in ("/", "/-") or path.startswith("/-/"),
-                  bool(MANAGEMENT.search(re.sub(";[^/]*", "", spelt.lower()))))
+                  bool(MANAGEMENT.search(re.sub(r";[^/]*|[\0- ]", "", unquote(spelt).lower()))))
 
 
 def strip_mounts(path, prefix):
@@ -1127,7 +1128,7 @@ def named_model(body, keys=("model",)):
     Named(model='a:1', begin=9, end=14)
     """
     match = MODEL_FIRST.match(body)
-    if match and body.count(b'"model"') == 1 and not ESCAPED_MODEL.search(body):  # nearly always: it can mean no other
+    if match and match[1] and body.count(b'"model"') == 1 and not ESCAPED_MODEL.search(body):  # nearly always: it can mean no other
         return Named(match[1].decode(), match.start(1) - 1, match.end(1) + 1)
     match = MODEL_LAST.search(body, max(body.rfind(b'"model"'), len(body) - 1000)) if body[:1] == b"{" else None
     if match and match[1]:
@@ -1358,9 +1359,8 @@ def entries_of(path, document):
     entries = document.get(where) if isinstance(document, dict) else None
     if not isinstance(entries, list):
         return None
-    named = [(next((entry[key] for key in names if isinstance(entry.get(key), str)), ""), entry)
-             for entry in entries if isinstance(entry, dict)]
-    return [(name, entry) for name, entry in named if name]
+    named = [(entry.get(names[0]), entry) for entry in entries if isinstance(entry, dict)]
+    return [(name, entry) for name, entry in named if isinstance(name, str) and name.strip()]
 
 
 def renamed(path, entry, name):
@@ -1793,10 +1793,17 @@ LIST_LIMIT = 16 << 20  # bytes that a list of models may have
 LIST_LINES = f"Accept: application/json\r\nAccept-Encoding: identity\r\nUser-Agent: ollama_proxy/{__version__}\r\n"
 
 
+def finite(text):
+    """Parse a number that other parsers can read, too."""
+    if math.isfinite(float(text)):
+        return float(text)
+    raise ValueError(f"{text} is no number in JSON")
+
+
 def parse_list(path, body):
     """The document that a list's JSON is, and its [(name, entry)]; ({}, None) if it is no such list."""
     try:
-        document = json.loads(body)
+        document = json.loads(body, parse_float=finite, parse_constant=finite)
     except (ValueError, RecursionError):
         return {}, None
     listed = entries_of(path, document)
@@ -3040,7 +3047,7 @@ class Handler:
             if not entry:
                 raise Refused(f"no upstream here lists the model {printable(name)}", 404)
             body = json.dumps(entry).encode()
-        return found and (200, body, JSON_TYPE, "ok")
+        return None if found is None else (200, body, JSON_TYPE, "ok")
 
     # What goes up:
 
