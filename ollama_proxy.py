@@ -2013,6 +2013,8 @@ class Desk:
     def leave(self, copy, began=None):
         """Give back a slot that was taken at that time."""
         copy.busy -= 1
+        if self.limit == FOR_EVER:
+            return
         if began is not None:
             held = time.monotonic() - began
             self._typical = held if self._typical is None else self._typical + (held - self._typical) / 8
@@ -2494,34 +2496,42 @@ class Client(Wire):
 
     LINGER, LINGERERS = 1.0, 256  # seconds, and clients, that are heard out after a last answer, or before the end
 
-    __slots__ = ("address", "deadline", "is_idle", "_server")
+    __slots__ = ("address", "deadline", "is_kept", "_server")
 
     def __init__(self, sock, address, server):
         super().__init__(sock, server.carrier)
-        self.address, self.deadline, self.is_idle, self._server = address, FOR_EVER, False, server
+        self.address, self.deadline, self.is_kept, self._server = address, FOR_EVER, False, server
 
-    def attend(self, patience, is_new=False):
-        """Wait for a request, for so many seconds, and have it answered; a new client's head counts in."""
-        deadline = time.monotonic() + patience
-        try:
-            while self.ahead in (b"", b"\r", CRLF):  # RFC 9112, section 2.2: an empty line means nothing
-                self.is_idle = True
-                yield deadline, self, READ
-                if self.look() is False:
-                    return self.close()
-        except (TimeoutError, Stopped):
-            return self.close()
-        self.is_idle, self.deadline = False, deadline if is_new else FOR_EVER
-        yield from self._server.RequestHandlerClass(self, self.address, self._server).answer()
+    @property
+    def is_idle(self):
+        return self.ahead in (b"", b"\r", CRLF)  # RFC 9112, section 2.2: an empty line means nothing
+
+    def listen(self, patience):
+        """Wait for a request, for so many seconds, and then have it answered."""
+        self.deadline = time.monotonic() + patience
+        self.carrier.waiting.add(self)
+        self.watch(READ, self.hear)
+
+    def hear(self, *_):
+        """It says something, or leaves."""
+        if self.act != self.hear:
+            return  # it was closed meanwhile
+        if self.is_idle and self.look() is False:
+            self.close()
+        elif not self.is_idle:
+            self.carrier.waiting.discard(self)
+            if self.is_kept:  # the time that it was idle for is not the time for its head
+                self.deadline = FOR_EVER
+            self.carrier.start(self._server.RequestHandlerClass(self, self.address, self._server).answer(), self)
 
     def park(self, patience):
         """Wait for its next request, unless that is there already, or the proxy is about to stop."""
-        if self._server.draining and not self.ahead:
-            self.close()
-        elif self.ahead:
-            self.carrier.soon(self.carrier.start, self.attend(patience), self)
-        else:
-            self.carrier.start(self.attend(patience), self)
+        self.is_kept = True
+        if self._server.draining and self.is_idle:
+            return self.close()
+        self.listen(patience)
+        if not self.is_idle:
+            self.carrier.soon(self.hear)
 
     def linger(self):
         """Close, but so that it can still read the last answer although it sends (RFC 9112, section 9.6)."""
@@ -2542,9 +2552,12 @@ class Client(Wire):
         self.close()
 
     def close(self, abruptly=False):
+        self.carrier.waiting.discard(self)
         self._server.lingering.discard(self)
         self._server.clients.discard(self)
         super().close(abruptly)
+
+    expire = stop = close
 
 
 class Mask:
@@ -3332,10 +3345,8 @@ class Server(ThreadingHTTPServer):
         client = Client(request, address[7:] if address.startswith("::ffff:") else address, self)  # IPv4 on either
         if len(self.clients) < self.settings.max_connections:
             self.clients.add(client)
-            if client.look() is False:
-                return client.close()
-            patience = client.LINGER if self.draining else self.settings.client_timeout
-            return self.carrier.start(client.attend(patience, is_new=True), client)
+            client.listen(client.LINGER if self.draining else self.settings.client_timeout)
+            return client.hear()
         self.log.complain("limit", f"over {self.settings.max_connections} clients (PROXY_MAX_CONNECTIONS): some get 503")
         body = error_body("", 503, "too many clients are connected to the proxy", None)
         client.send(head_bytes("HTTP/1.1 503 Service Unavailable\r\n", (
@@ -3376,8 +3387,8 @@ class Server(ThreadingHTTPServer):
     def _close_door(self):
         self.draining = True
         for client in [*self.clients]:
-            if client.is_idle:
-                client.act.__self__.stop()
+            if client.act == client.hear and client.is_idle:
+                client.close()
         for _ in range(self.request_queue_size // self.AT_ONCE + 1):
             if not self._knock():  # a plain close would reset those who still wait
                 break

@@ -2943,7 +2943,7 @@ def test_the_time_for_a_head_begins_with_the_connection(serve):
 def test_the_time_that_a_kept_connection_was_idle_is_not_taken_off_the_time_for_a_head(server):
     sock = server.ask("GET", "/api/tags")
     server.read(sock)
-    until(lambda: all(client.is_idle for client in server.server.clients))
+    until(lambda: all(client.is_kept for client in server.server.clients))
 
     def begin_at_the_last_moment():
         client, = server.server.clients
