@@ -71,7 +71,7 @@ import urllib.request
 from collections import deque, namedtuple
 from contextlib import contextmanager, suppress
 from email.utils import formatdate, parsedate_to_datetime
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from http.client import responses as REASONS
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from operator import attrgetter
@@ -280,12 +280,12 @@ class Address(namedtuple("Address", "name scheme host port mount")):
             name = name.strip() or "="  # which is no name
         text = text.strip()
         if not TOKEN_TEXT.fullmatch(text):
-            raise ValueError("expected name=url with a URL such as http://127.0.0.1:11434")
+            raise ValueError("expected name=url, name=url, with URLs such as http://127.0.0.1:11434")
         url = urlsplit(text)
         if "@" in url.netloc or "?" in text or "#" in text:
             raise ValueError("a URL here has no user, password, query or fragment; a key has a variable of its own")
         if url.scheme not in ("http", "https") or not HOST_TEXT.fullmatch(url.hostname or ""):
-            raise ValueError("expected a URL that starts with http:// or https:// and names a host")
+            raise ValueError("expected a URL that starts with http:// or https:// and names a host, or name=url, name=url")
         try:
             port = url.port if url.port is not None else (443 if url.scheme == "https" else 80)
         except ValueError:
@@ -342,7 +342,7 @@ def upstreams(text):
                              "with names that differ in letters or digits; copies of one are name=url|url")
         found += [address, *(Address.parse(copy, address.name) for copy in copies)]
     if not found or len(set(found)) < len(found):
-        raise ValueError("expected name=url, name=url, each once")
+        raise ValueError("expected name=url, name=url, and no copy twice")
     return tuple(found)
 
 
@@ -375,6 +375,8 @@ def split_source(name):
 
 def model(text):
     """Accept the name of a model."""
+    if re.search(r"[\s,=]", text):
+        raise ValueError(f"{text!r} is no model's name: between chains, or aliases, stands a ;")
     try:
         split_source(text)
     except Refused as error:
@@ -389,7 +391,7 @@ def aliases(text):
     {'code': 'qwen3-coder:480b-cloud', 'chat': 'gpt-oss:120b-cloud'}
     """
     pairs = [tuple(map(str.strip, word.partition("=")[::2])) for word in words_of(text, "[;\n]")]
-    found = {model_key(alias): model(name) for alias, name in pairs}
+    found = {model_key(model(alias)): model(name) for alias, name in pairs}
     if len(found) < len(pairs) or "*" in found or not all(map(all, pairs)):
         raise ValueError("expected alias=model; alias=model, each alias once")
     for name in found.values():
@@ -405,7 +407,7 @@ def fallbacks(text):
     {'a': ('b', 'c'), '*': ('z',)}
     """
     chains = [tuple(map(str.strip, re.split("->|>|\u2192", chain))) for chain in words_of(text, "[;\n]")]
-    found = {model_key(first): tuple(map(model, rest)) for first, *rest in chains}
+    found = {model_key(model(first)): tuple(map(model, rest)) for first, *rest in chains}
     if len(found) < len(chains) or not all(rest and "*" not in rest for rest in found.values()) or not all(
             map(all, chains)):
         raise ValueError("expected model -> model -> model; * -> model, one chain a model")
@@ -443,7 +445,7 @@ SETTINGS = (
     Setting("fallbacks", "PROXY_FALLBACKS", "", fallbacks, "what to try when a model cannot be had: `a -> b -> c; "
             "d -> e`; `* -> z` is for models without a chain of their own"),
     Setting("slots", "PROXY_SLOTS", "", slots, "requests in flight per upstream, or copy of one: `cloud=3, local=4`; "
-            "the rest queue"),
+            "the rest go on to a fallback, or queue"),
     Setting("queue_timeout", "PROXY_QUEUE_TIMEOUT", "120", seconds, "seconds a request may wait for a slot"),
     Setting("manage", "PROXY_MANAGE", OFF, switch, "`on` lets clients pull, push, create, copy, delete and upload "
             "models, and use the owner's account"),
@@ -554,10 +556,11 @@ class Settings:
             yield "OLLAMA_API_KEY is of no use: no upstream is called cloud or on ollama.com; see PROXY_KEY_<NAME>"
 
     @property
-    def audience(self):
-        """Who may ask, in words."""
-        return ("whoever reaches it" if self.auth_token == OFF else "whoever has a token" if self.auth_token else
-                "this machine only, without a token")
+    def purpose(self):
+        """Who may ask, and who is asked, in words."""
+        audience = ("whoever reaches it" if self.auth_token == OFF else "whoever has a token" if self.auth_token else
+                    "this machine only, without a token")
+        return f"for {audience}, and asks " + ", ".join(f"{address.name} ({address})" for address in self.upstreams)
 
     def shown(self):
         """Yield (name, text) of every setting, with secrets masked."""
@@ -586,8 +589,8 @@ class Sources:
         """Return (name, text) of the first name that has a value; an empty one is none."""
         for source in self.maps:
             for name in names:
-                if source.get(name, "").strip():
-                    return name, source[name].strip()
+                if source.get(name, "").strip():  # Docker's --env-file leaves quotes around a value
+                    return name, re.sub(r"""(["'])(.*)\1""", r"\2", source[name].strip(), 1)
                 if secret and source.get(name + "_FILE", "").strip():
                     return name + "_FILE", self._read(source[name + "_FILE"].strip(), name + "_FILE")
         for name in names if secret and self.credentials else ():
@@ -866,6 +869,11 @@ def parse_target(target, prefix=""):
                   bool(MANAGEMENT.search(re.sub(r";[^/]*|[\0- ]", "", unquote(spelt).lower()))))
 
 
+def decoded(path):
+    """A part of a path as people read it: percent-escapes and raw bytes are UTF-8."""
+    return unquote_to_bytes(path.encode("latin-1")).decode("utf-8", "replace")
+
+
 def strip_mounts(path, prefix):
     """Take PROXY_PREFIX and /t/TOKEN, in either order, off a path: (path, token or None, path fit for a log)."""
     token, shown = None, path[:500]
@@ -1059,26 +1067,23 @@ STRUCTURE = re.compile(rb'["{}\[\]]')
 # Bounded, since the matcher takes memory for each repetition, and holds up all threads while it runs.
 STRING_PART = re.compile(rb'[^"\\]{0,100000}(?:\\.[^"\\]{0,1000}){0,500}', re.S)
 MODEL_FIRST = re.compile(rb'\s*\{\s*"model"\s*:\s*"([ !#-\[\]-~]{0,500})"')
-# From the end, no string can be taken for something else: what is closed last was opened by the quote before.
-MODEL_LAST = re.compile(rb'(?<!\\)"model"\s*:\s*"([ !#-\[\]-~]{0,500})"\s*'
-                        rb'(?:,\s*"[^"\\]*"\s*:\s*(?:"[^"\\]*"|[-+.\w]+|\{\s*"[^"\\]*"\s*:\s*\w+\s*\})\s*)*\}\s*\Z')
 ESCAPED_MODEL = re.compile(rb"\\u006[45c-fC-F]")  # a letter of the key, as nobody but an attacker writes it
 COLON = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*")
 NAME_LIMIT = 2000  # bytes of a model's name; a longer one is none
 PATIENCE = 500_000  # brackets and strings that are looked at: more, and no name is found
 
 
-def members(body):
+def members(body, at=0):
     """Return {key: (begin, end)} of a JSON object's own members; of a value that is no string it is (0, 0).
 
     Reads no further than it must: no number, no nesting limit, no copy of a long prompt. What is not JSON
-    has no members.
+    has no members. `at` is where to begin, if not at its start: at one of its own keys.
 
     >>> members(b'{"model": "a", "messages": [{"model": "b"}], "n": 1}')
     {'model': (10, 13), 'messages': (0, 0), 'n': (0, 0)}
     """
-    found, depth, at, key = {}, 0, 0, None
-    if body[:64].lstrip(b" \t\r\n")[:1] != b"{":
+    found, depth, key = {}, 1 if at else 0, None
+    if not re.match(rb"[ \t\r\n]*\{", body):
         return {}
     for _ in range(PATIENCE):
         token = STRUCTURE.search(body, at)
@@ -1100,7 +1105,7 @@ def members(body):
         else:
             depth -= 1
             if depth == 0:
-                return found
+                return found if re.match(rb"[ \t\r\n]*\Z", body[at:at + 100]) else {}
     return {}
 
 
@@ -1127,13 +1132,13 @@ def named_model(body, keys=("model",)):
     >>> named_model(b'{"name": "a:1"}', ("model", "name"))
     Named(model='a:1', begin=9, end=14)
     """
-    match = MODEL_FIRST.match(body)
-    if match and match[1] and body.count(b'"model"') == 1 and not ESCAPED_MODEL.search(body):  # nearly always: it can mean no other
-        return Named(match[1].decode(), match.start(1) - 1, match.end(1) + 1)
-    match = MODEL_LAST.search(body, max(body.rfind(b'"model"'), len(body) - 1000)) if body[:1] == b"{" else None
+    at = body.rfind(b'"model"')  # which is no part of a string, unless a backslash stands before it
+    is_plain = body.find(b'"model"') == at > 0 and body[at - 1:at] != b"\\" and not (
+        b"\\u006" in body and ESCAPED_MODEL.search(body))
+    match = MODEL_FIRST.match(body) if is_plain else None
     if match and match[1]:
         return Named(match[1].decode(), match.start(1) - 1, match.end(1) + 1)
-    found = members(body)
+    found = members(body, at if is_plain and len(keys) == 1 else 0)
     for begin, end in (found.get(key, (0, 0)) for key in keys):
         name = json_string(body[begin:end]) if end - begin < NAME_LIMIT else None
         if name:
@@ -1439,10 +1444,15 @@ def text_line(keys, values):
     waited = "" if entry["first_byte_ms"] is None else f" first byte {entry['first_byte_ms'] / 1000:.2f} s,"
     counts = ("" if entry["tokens_out"] is None and entry["tokens_in"] is None else
               f", tokens {entry['tokens_in']} in, {entry['tokens_out']} out")
-    words = [clock, entry["method"], entry["path"], entry["model"], entry["status"] or "---", entry["outcome"],
-             entry["caller"], entry["client"]]
+    tried = len(entry["attempts"])
+    words = [clock, entry["method"], entry["path"], entry["model"], entry["upstream"] and f"-> {entry['upstream']}",
+             entry["model_sent"] if entry["model_sent"] != entry["model"] else None,
+             f"({tried} attempts)" if tried > 1 else None, entry["status"] or "---", entry["outcome"], entry["caller"],
+             entry["client"]]
     line = " ".join(printable(word) for word in words if word is not None)
-    return f"{line}{waited} all {entry['total_ms'] / 1000:.2f} s, {entry['bytes_out']} bytes{counts}"
+    queued = "" if entry["queue_ms"] is None else f" queued {entry['queue_ms'] / 1000:.2f} s,"
+    note = f"; {entry['note']}" if entry["note"] else ""
+    return f"{line}{queued}{waited} all {entry['total_ms'] / 1000:.2f} s, {entry['bytes_out']} bytes{counts}{note}"
 
 
 class Log:
@@ -1789,7 +1799,7 @@ def tls_context():
 
 SAFE = ("GET", "HEAD", "OPTIONS")  # methods that may be executed twice
 LONG = 16 * 1024  # bytes of a body from which on a thread of its own looks through it
-LIST_LIMIT = 16 << 20  # bytes that a list of models may have
+LIST_LIMIT = 4 << 20  # bytes that a list of models may have
 LIST_LINES = f"Accept: application/json\r\nAccept-Encoding: identity\r\nUser-Agent: ollama_proxy/{__version__}\r\n"
 
 
@@ -1801,13 +1811,14 @@ def finite(text):
 
 
 def parse_list(path, body):
-    """The document that a list's JSON is, and its [(name, entry)]; ({}, None) if it is no such list."""
+    """The document that a list's JSON is, its [(name, entry)], and {model_key(name): name}; three None if it is none."""
     try:
         document = json.loads(body, parse_float=finite, parse_constant=finite)
+        json.dumps(reduce(lambda inner, _: [inner], range(100), document))  # what is nested too deeply would fail later
     except (ValueError, RecursionError):
-        return {}, None
+        return None, None, None
     listed = entries_of(path, document)
-    return ({}, None) if listed is None else (document, listed)
+    return (None, None, None) if listed is None else (document, listed, {model_key(name): name for name, _ in listed})
 
 
 def seconds_until(retry_after):
@@ -1820,7 +1831,7 @@ def seconds_until(retry_after):
         return min(int(retry_after), 604_800)
     try:
         return min(max(0, parsedate_to_datetime(retry_after).timestamp() - time.time()), 604_800)
-    except (ValueError, TypeError, OverflowError):
+    except (ValueError, TypeError, LookupError, OverflowError):
         return 0
 
 
@@ -1994,6 +2005,7 @@ class Desk:
     def __init__(self, carrier):
         self.limit, self._carrier = FOR_EVER, carrier
         self._queue, self._typical = {}, None  # turns by caller; the seconds for which a slot is held
+        self._left_at = time.monotonic()  # when one became free last
 
     def wait(self, caller, copies, deadline):
         """Wait until one of these copies has a slot, take it, and return the copy; raises TimeoutError."""
@@ -2015,8 +2027,9 @@ class Desk:
         copy.busy -= 1
         if self.limit == FOR_EVER:
             return
+        self._left_at = time.monotonic()
         if began is not None:
-            held = time.monotonic() - began
+            held = self._left_at - began
             self._typical = held if self._typical is None else self._typical + (held - self._typical) / 8
         self.admit(copy)
 
@@ -2042,7 +2055,8 @@ class Desk:
         """The seconds after which one of so many copies may have a slot, going by how long slots were held before."""
         if self._typical is None:
             return otherwise
-        return self._typical * (1 + sum(map(len, self._queue.values()))) / (self.limit * copies)
+        expected = self._typical * (1 + sum(map(len, self._queue.values()))) / (self.limit * copies)
+        return max(expected, time.monotonic() - self._left_at)
 
 
 class Upstream(urllib.request.BaseHandler):
@@ -2124,21 +2138,20 @@ class Upstream(urllib.request.BaseHandler):
 
     def heed(self, model, retry_after):
         """Let it rest for a model after a 429, as long as it said."""
-        patience = seconds_until(retry_after)
-        if patience:
-            now = time.monotonic()
+        patience, now, key = seconds_until(retry_after), time.monotonic(), model_key(model)
+        if len(self._rests) >= 1000:
             self._rests = {key: until for key, until in self._rests.items() if until > now}
-            self._rests[model_key(model or "")] = now + patience
-            self._carrier.log.complain(f"rest {self.name} {model}", f"upstream {self.name} has no more of {model} for "
-                                       f"{patience:.0f} seconds")
+        if patience and (key in self._rests or len(self._rests) < 1000):  # clients may think of many names
+            self._rests[key] = now + patience
+            self._carrier.log.complain(f"rest {self.name}", f"upstream {self.name} has no more of {printable(model)}, "
+                                       f"nor perhaps of others, for {patience:.0f} seconds")
 
     def look(self, path, seen):
         """Have it asked for a list, or with "" only reached, unless it is already; `seen` is called after that."""
-        if path == "models":
-            path = OPENAI_LIST if self.is_ollama is False else "/api/tags"
+        if path == "/api/tags":
+            self.looked_at = time.monotonic()
         if path not in self._looks:
             self._looks[path] = []
-            self.looked_at = time.monotonic()
             self._carrier.soon(self._carrier.start, self._look(path))
         self._looks[path].append(seen)
 
@@ -2164,20 +2177,18 @@ class Upstream(urllib.request.BaseHandler):
         """Ask for a list of models and keep it; raises a Failure. Who has no /api/tags lists them under /v1/models."""
         answer = yield from self.ask("GET", path, LIST_LINES, patience=self._connect_timeout)
         status, body = answer.head.status, (yield from self._whole(answer))
-        document, listed = {}, None
-        if status == 200:
-            document, listed = yield from aside(self._carrier, len(body) < LONG, None, parse_list, path, body)
+        document, listed, models = (None, None, None) if status != 200 else (
+            yield from aside(self._carrier, len(body) < LONG, None, parse_list, path, body))
         if listed is None and path == "/api/tags" and status in (200, 404, 405, 501):
             self.is_ollama = False
             return (yield from self.fetch(OPENAI_LIST))
         if listed is None and status != 404:
             raise UpstreamLost(f"upstream {self.name} does not list its models: GET {path} gives {status}")
-        listed = listed or []
-        self.lists[path] = time.monotonic(), document, listed
+        self.lists[path] = time.monotonic(), document or {}, listed or []
         if path == "/api/tags":
             self.is_ollama = True
         if path == ("/api/tags" if self.is_ollama else OPENAI_LIST):
-            self.models = {model_key(name): name for name, _ in listed}
+            self.models = models or {}
 
     def _whole(self, answer):
         """Read an answer's body; raises a Failure."""
@@ -2204,7 +2215,8 @@ class Upstream(urllib.request.BaseHandler):
         """Note whether a connection could be made; `before` is how many could not, one after the other."""
         if reachable != self.reachable and (self.reachable is not None or not reachable):
             self._carrier.log.event("info" if reachable else "warning", "upstream",
-                                    f"{self.name} is reachable again" if reachable else words)
+                                    f"upstream {self.name} is reachable again ({self.address})" if reachable
+                                    else f"{words} ({self.address})")
         self.seen_at, self.reachable = time.monotonic(), reachable
         if reachable:
             self._failures = 0
@@ -2215,9 +2227,9 @@ class Upstream(urllib.request.BaseHandler):
             self._rests[None] = time.monotonic() + min(most, first * 2 ** (self._failures - 1))
 
     def _dial(self, ask):
-        proxy, before = None, self._failures
+        proxy, before, until = None, self._failures, time.monotonic() + self._connect_timeout
         if before:  # whoever comes meanwhile is not to wait for this, too
-            self._rests[None] = time.monotonic() + self._connect_timeout
+            self._rests[None] = until
         try:
             if ask.host != self.address.netloc:  # ProxyHandler has put its own there
                 place = urlsplit("//" + ask.host)
@@ -2232,7 +2244,8 @@ class Upstream(urllib.request.BaseHandler):
         except ssl.SSLError as error:
             words = f"TLS failed ({error.reason or error}); does it speak https?"
         except (ClientLeft, Stopped):
-            self._rests.pop(None, None)
+            if self._rests.get(None) == until:
+                del self._rests[None]
             raise
         except (OSError, EOFError, ValueError, Refused) as error:  # a ValueError is of a host name
             words = getattr(error, "strerror", None) or str(error)
@@ -2481,6 +2494,9 @@ class Carrier:
             if isinstance(wire, Wire):
                 self.waiting.discard(thing)
                 wire.close(abruptly=True)
+        leave = getattr(thing, "_leave", None)
+        if leave:
+            leave()
 
 
 def describe(bug):
@@ -2527,7 +2543,7 @@ class Client(Wire):
     def park(self, patience):
         """Wait for its next request, unless that is there already, or the proxy is about to stop."""
         self.is_kept = True
-        if self._server.draining and self.is_idle:
+        if self._server.draining and self.is_idle and not self.look():
             return self.close()
         self.listen(patience)
         if not self.is_idle:
@@ -2715,7 +2731,8 @@ class Exchange:
             self.wire = None
             self._answer.release()
             if self._leave:
-                self._leave()
+                leave, self._leave = self._leave, None
+                leave()
 
     def _finish(self, outcome):
         """Account for the exchange, and let the client go on, or go."""
@@ -2777,7 +2794,7 @@ class Catalogue:
         if self.is_alone:
             self.attempts = remembered(self.attempts)  # which then depend on no list
         else:
-            carrier.soon(self._ask, "models", self.upstreams)
+            carrier.soon(self._ask, "/api/tags", self.upstreams)
 
     # What there is:
 
@@ -2818,17 +2835,16 @@ class Catalogue:
         """See to it that what is known is new enough to find the way by."""
         now = time.monotonic()
         ages = {upstream: now - upstream.looked_at for upstream in self.upstreams if not upstream.rests()}
-        self._ask("models", [upstream for upstream, age in ages.items() if age > upstream.FRESH / 2])
+        self._ask("/api/tags", [upstream for upstream, age in ages.items() if age > upstream.FRESH / 2])
         late = [upstream for upstream, age in ages.items()
                 if age > upstream.FRESH or age < self.PATIENCE and upstream.models is None]
         if late:
-            yield from self.look("models", late, self.PATIENCE)
+            yield from self.look("/api/tags", late, self.PATIENCE)
 
     def union(self, path):
         """Return ({model_key(name): entry}, the list as JSON) over all upstreams and aliases; None if none is known."""
-        asked = [upstream for upstream in self.upstreams if not upstream.rests()] or self.upstreams
-        if path == "/api/ps":
-            asked = self.able(path)
+        able = self.able(path)
+        asked = [upstream for upstream in able if not upstream.rests()] or able
         began = time.monotonic()
         yield from self.look(path, asked, self.PATIENCE)
         if not any(path in upstream.lists for upstream in self.upstreams):  # else it may wait for more
@@ -2853,10 +2869,10 @@ class Catalogue:
                     entry = renamed(path, entry, name)
                 found.setdefault(model_key(name), entry)
         for alias, name in self.settings.aliases.items():
-            for upstream, model in self.candidates(name, path):
-                if (upstream, model_key(model)) in entries:
-                    found[alias] = renamed(path, entries[upstream, model_key(model)], alias)
-                    break
+            entry = next(filter(None, (entries.get((upstream, model_key(model)))
+                                       for upstream, model in self._able(name, path))), None)
+            if entry:
+                found[alias] = renamed(path, entry, alias)
         document = next((document for _, document, _ in lists if document), {})
         return found, json.dumps({**document, NAME_KEYS[path][0]: [*found.values()]}).encode()
 
@@ -2864,21 +2880,27 @@ class Catalogue:
 
     def attempts(self, name, path, chained=False):
         """The attempts to make for a model, one after the other, each once; raises Refused."""
-        if not name:
-            return [Attempt(upstream, None) for upstream in self.able(path)[:1]]
-        meant = self.settings.meant(name)
-        found = self._able(meant, path) if self.is_alone else self.candidates(meant, path) or self._guess(meant, path)
-        for other in self.settings.chain(meant)[1:] if chained else ():
-            found += self._able(other, path) if self.is_alone else (
-                self.candidates(other, path) or self._guess(other, path, unless_known=True))
+        meant, found = self.settings.meant(name), []
+        for number, one in enumerate(self.settings.chain(meant) if chained else [meant]):
+            found += self._able(one, path) if self.is_alone else (
+                self.candidates(one, path) or self._guess(one, path, unless_known=number > 0))
+        if split_source(meant)[1] == "local":  # which goes for its chain, too
+            found = [attempt for attempt in found if not attempt.upstream.address.is_cloud]
         if not found:
             raise Refused(f"no upstream here can have the model {printable(name)}", 404)
         return [*dict.fromkeys(found)]
 
-    def managers(self, name, path):
-        """The attempt at the upstream that is managed: the first Ollama of one's own, else the cloud."""
-        attempts = self._able(self.settings.meant(name), path) if name else [Attempt(upstream, None) for upstream in self.able(path)]
-        return sorted(attempts, key=lambda attempt: attempt.upstream.address.is_cloud)[:1]
+    def unnamed(self, path, again):
+        """The attempts for a body without a model: at the first upstream, and if it can be sent `again` at its copies."""
+        first, *others = self.able(path)
+        return [Attempt(upstream, None) for upstream in (first, *(others if again else ())) if upstream.name == first.name]
+
+    def manager(self, name, path):
+        """The attempt at the upstream that is managed: the first Ollama of one's own, else the cloud; raises Refused."""
+        able = self._able(self.settings.meant(name), path) if name else [Attempt(each, None) for each in self.able(path)]
+        if not able:
+            raise Refused(f"no upstream here can have the model {printable(name)}", 404)
+        return [min(able, key=lambda attempt: attempt.upstream.address.is_cloud)]
 
     def candidates(self, name, path):
         """The attempts at upstreams that list a model. A bare name goes to the cloud if nobody else has it."""
@@ -2893,7 +2915,8 @@ class Catalogue:
         """The attempt at the first that could have a model which nobody lists, e.g. as it was pulled a second ago."""
         is_cloud = split_source(name)[1] == "cloud"
         able = sorted(self._able(name, path), key=lambda attempt: is_cloud and not attempt.upstream.address.is_cloud)
-        return [attempt for attempt in able if is_cloud or not unless_known or attempt.upstream.models is None][:1]
+        able = [attempt for attempt in able if is_cloud or not unless_known or attempt.upstream.models is None]
+        return [attempt for attempt in able if attempt.upstream.name == able[0].upstream.name]  # with its copies
 
     def _able(self, name, path):
         """The attempts at all upstreams that could have a model, under the name that it has there."""
@@ -3043,7 +3066,7 @@ class Handler:
     def list_page(self):
         """Return (status, body, header lines, outcome) of a list over all upstreams, None if one alone can tell."""
         path, aliases, alone = self.path, self.settings.aliases, self.catalogue.is_alone
-        name = unquote(path[len(OPENAI_LIST) + 1:]) if path.startswith(OPENAI_LIST + "/") else None
+        name = decoded(path[len(OPENAI_LIST) + 1:]) if path.startswith(OPENAI_LIST + "/") else None
         path = path if name is None else OPENAI_LIST
         if path not in NAME_KEYS:
             return None
@@ -3051,7 +3074,7 @@ class Handler:
             return None
         found, body = (yield from self.catalogue.union(path)) or (None, None)
         if found is None and not alone:
-            raise Unreachable("; ".join(["no upstream has listed its models in the last ten minutes", *dict.fromkeys(
+            raise Unreachable("; ".join(["no upstream has given this list in the last ten minutes", *dict.fromkeys(
                 upstream.trouble for upstream in self.catalogue.upstreams if upstream.trouble)]))
         if found is not None and name is not None:
             bare, source = split_source(name)
@@ -3067,9 +3090,11 @@ class Handler:
     def hold_body(self):
         """Read the body if it may name a model, and look for the name."""
         head, settings, carrier = self.head, self.settings, self.server.carrier
-        is_json = head.method == "POST" and not self.target.manages and "json" in head.get("content-type")
-        if not (self.infers or self.is_stranger or self.path in NAMING and head.method in ("POST", "DELETE")
-                or is_json and (settings.aliases or not self.catalogue.is_alone)):
+        is_json = head.method == "POST" and not self.target.manages and "json" in head.get("content-type").lower()
+        is_json = is_json and (settings.aliases or not self.catalogue.is_alone)
+        may_go_twice = self.path == "/api/version"
+        if not (self.infers or self.is_stranger or is_json or may_go_twice or self.path in NAMING and head.method in (
+                "POST", "DELETE")):
             return
         body = self.body = yield from self.upload.whole(self.STRANGERS_BODY if self.is_stranger else settings.max_body)
         if head.get("content-encoding").lower() not in ("", "identity"):
@@ -3118,10 +3143,12 @@ class Handler:
         """Whom to ask for what, the best first; raises Refused."""
         catalogue, path, name = self.catalogue, self.path, self.named and self.named.model
         if self.target.manages:
-            return catalogue.managers(name, path)
+            return catalogue.manager(name, path)
+        if not name and not path.startswith(OPENAI_LIST + "/"):
+            return catalogue.unnamed(path, self.body is not None)
         if not path.startswith(OPENAI_LIST + "/"):
             return catalogue.attempts(name, path, path not in NAMING)
-        name = unquote(path[len(OPENAI_LIST) + 1:])
+        name = decoded(path[len(OPENAI_LIST) + 1:])
         upstream, model = catalogue.attempts(name, path)[0]
         self.path = path if model == name else f"{OPENAI_LIST}/{quote(model)}"
         return [Attempt(upstream, None)]
@@ -3180,7 +3207,10 @@ class Handler:
         self.record.attempted(upstream.name, model, status, "ok" if status < 400 else "error")
         if status in TRY_NEXT:
             leave()
-            if status == 429:
+            if status == 401:
+                self.server.log.complain(f"key {upstream.name}", f"upstream {upstream.name} answers 401: it "
+                                         f"{'refuses the' if upstream.key else 'wants a'} key, {upstream.key_name}")
+            if status == 429 and model:
                 upstream.heed(model, answer.head.get("retry-after"))
         return answer
 
@@ -3205,9 +3235,6 @@ class Handler:
             framing = f"Content-Length: {head.get('content-length')}\r\n"
         record.answered(head.status)
         record.bytes_in = self.upload.received
-        if head.status == 401:
-            self.server.log.complain("key", f"upstream {upstream.name} answers 401: " + (
-                f"it {'refuses the' if upstream.key else 'wants a'} key, {upstream.key_name}"))
         if upstream.mask and upstream.mask in reason:
             reason = ""
         data = head_bytes(f"HTTP/1.1 {head.status} {reason}\r\n", fields_down(head, upstream.mask) + framing
@@ -3221,8 +3248,8 @@ class Handler:
         """Relay the version of the first upstream that has one; where none has, say one that clients accept."""
         yield from self.hold_body()
         catalogue = self.catalogue
-        for upstream in sorted(catalogue.able(self.path), key=lambda upstream: upstream.models is None):
-            if upstream.rests() and not catalogue.is_alone:
+        for upstream in sorted(catalogue.upstreams, key=lambda upstream: upstream.models is None):
+            if not catalogue.is_alone and (upstream.rests() or upstream.is_ollama is False):
                 continue
             patience = None if catalogue.is_alone else 3 * catalogue.PATIENCE
             answer = yield from self.ask(Attempt(upstream, None), patience=patience)
@@ -3373,7 +3400,7 @@ class Server(ThreadingHTTPServer):
         self.carrier.perform(self.adopt, settings)
         for words in warnings:
             self.log.event("warning", "settings", words)
-        self.log.event("info", "reload", f"the settings have been read again; it is for {settings.audience}")
+        self.log.event("info", "reload", f"the settings have been read again; it is {settings.purpose}")
 
     def drain(self, seconds):
         """Let in those who have knocked, and no more; let requests end for so long, then cut what is left."""
@@ -3568,16 +3595,18 @@ def serve(environ):
     server = start(settings)
     for words in warnings:
         server.log.event("warning", "settings", words)
-    server.log.event("info", "start", f"ollama_proxy {__version__} listens on {server.url} for {settings.audience}, "
-                     f"and asks {', '.join(f'{a.name} ({a})' for a in settings.upstreams)}")
+    server.log.event("info", "start", f"ollama_proxy {__version__} listens on {server.url} {settings.purpose}")
     return run(server, environ)
 
 
-# What the demo serves: a GPU box's Ollama, a vLLM and the cloud, each with models that echo.
-DEMO = {"local": ("echo", "llama3.1:latest"), "vllm": ("qwen-coder-vllm",),
-        "cloud": ("gpt-oss:120b", "qwen3-coder:480b", "glm-4.6")}
-DEMO_SETTINGS = {"PROXY_ENV_FILE": os.devnull, "PROXY_ALIASES": "code=qwen3-coder:480b-cloud",
-                 "PROXY_FALLBACKS": "qwen2.5-coder:7b -> qwen-coder-vllm -> qwen3-coder:480b-cloud"}
+# What the demo serves: a GPU box's Ollama, a vLLM and the cloud, with models that echo, as in the README's recipe.
+DEMO = {"local": ("echo", "llama3.1:latest"), "vllm": ("qwen-coder-vllm",), "cloud": (
+    "deepseek-v3.1:671b", "qwen3-coder:480b", "kimi-k2:1t", "gpt-oss:120b", "gpt-oss:20b", "glm-4.6")}
+DEMO_SETTINGS = {
+    "PROXY_ENV_FILE": os.devnull, "PROXY_ALIASES": "code=qwen3-coder:480b-cloud; chat=gpt-oss:120b-cloud",
+    "PROXY_FALLBACKS": "qwen2.5-coder:7b -> qwen-coder-vllm -> qwen3-coder:480b-cloud; "
+                       "llama3.1:latest -> qwen-coder-vllm -> deepseek-v3.1:671b-cloud; * -> gpt-oss:120b-cloud",
+    "PROXY_SLOTS": "cloud=3, local=4"}
 
 
 def echo(name, models):
@@ -3623,9 +3652,16 @@ def check(environ):
     settings.read_timeout = min(settings.read_timeout or 15, 15)  # seconds; nobody waits longer for a verdict
 
     def probes():
+        catalogue = Catalogue(settings, carrier)
         try:
-            for address in settings.upstreams:
-                good.append((yield from probe(Upstream(address, settings, carrier))))
+            for upstream in catalogue.upstreams:
+                good.append((yield from probe(upstream)))
+            if all(upstream.models is not None for upstream in catalogue.upstreams):
+                wanted = [*settings.aliases.values(), *(name for chain in settings.chains.items() for name in (
+                    chain[0], *chain[1]) if name != "*")]
+                for name in dict.fromkeys(wanted):
+                    if not catalogue.candidates(name, OPENAI_LIST):
+                        print(f"\nwarning: no upstream lists {name}, which PROXY_ALIASES or PROXY_FALLBACKS names")
         except Exception as bug:
             print(f"  the proxy has a bug: {describe(bug)}")
         finally:

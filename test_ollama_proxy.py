@@ -310,8 +310,10 @@ def test_a_key_that_would_travel_in_clear_to_a_public_host_is_warned_about():
 
 @pytest.mark.parametrize("name, value, words", [
     ("PROXY_UPSTREAMS", "a=http://h, a=http://i", "two upstreams are called a"), ("PROXY_UPSTREAMS", "a-1=http://h, a_1=http://i", "share PROXY_KEY_A_1"),
-    ("PROXY_UPSTREAMS", "http://h:1, http://h:2", "write name=url"), ("PROXY_UPSTREAMS", "a=http://h|http://h", "each once"), ("PROXY_UPSTREAMS", ",", "each once"),
-    ("PROXY_UPSTREAMS", "=http://h", "letters, digits"), ("PROXY_UPSTREAMS", "a=http://h|", "with a URL such as"), ("PROXY_UPSTREAMS", "a=http://h|b=http://i", "http:// or https://"),
+    ("PROXY_UPSTREAMS", "http://h:1, http://h:2", "write name=url"), ("PROXY_UPSTREAMS", "a=http://h|http://h", "no copy twice"), ("PROXY_UPSTREAMS", ",", "expected name=url"),
+    ("PROXY_UPSTREAMS", "a=http://h; b=http://i", "name=url, name=url"), ("PROXY_ALIASES", "a=b, c=d", "stands a ;"), ("PROXY_FALLBACKS", "a -> b, c -> d", "stands a ;"),
+    ("PROXY_FALLBACKS", "a => b", "no model's name"),
+    ("PROXY_UPSTREAMS", "=http://h", "letters, digits"), ("PROXY_UPSTREAMS", "a=http://h|", "with URLs such as"), ("PROXY_UPSTREAMS", "a=http://h|b=http://i", "http:// or https://"),
     ("PROXY_ALIASES", "a=b; b=c", "b is an alias itself"), ("PROXY_ALIASES", "a=a:latest", "alias itself"), ("PROXY_ALIASES", "a=b; a:latest=c", "each alias once"),
     ("PROXY_ALIASES", "a", "expected alias=model"), ("PROXY_ALIASES", "=a", "expected alias=model"), ("PROXY_ALIASES", "*=a", "expected alias=model"),
     ("PROXY_ALIASES", "a=b:cloud:local", "not both"), ("PROXY_FALLBACKS", "a", "expected model -> model"), ("PROXY_FALLBACKS", "a -> ", "expected model -> model"),
@@ -524,7 +526,7 @@ def test_a_huge_body_is_looked_through_in_little_time_and_memory():
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     assert proxy.named_model(body).model == "m"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000 and time.process_time() - began < 2
-    assert proxy.named_model(b'{"x": [' + b"{}," * 4_000_000 + b'{}], "model": "m", "y": []}') is None
+    assert proxy.named_model(b'{"model": 1, "x": [' + b"{}," * 4_000_000 + b'{}], "model": "m", "y": []}') is None
 
 
 @pytest.mark.parametrize("tail, counts", [
@@ -2057,7 +2059,7 @@ def test_an_empty_list_is_a_list_and_nobodys_trouble(gateway, dead):
 
 def test_without_any_list_the_answer_is_a_502(gateway, dead):
     status, _, body = gateway({"a": dead, "b": dead}).get("GET", "/v1/models")
-    assert status == 502 and "no upstream has listed its models" in json.loads(body)["error"]["message"]
+    assert status == 502 and "no upstream has given this list" in json.loads(body)["error"]["message"]
 
 
 def test_a_list_waits_for_the_first_that_answers_if_nothing_is_known_yet(gateway, monkeypatch):
@@ -3504,7 +3506,7 @@ def test_demo_streams_an_answer_and_its_curl_lines_work():
             assert connection.getresponse().status == 200
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)
         connection.request("GET", "/v1/models")
-        assert [one["id"] for one in json.load(connection.getresponse())["data"]][-2:] == ["glm-4.6:cloud", "code"]
+        assert [one["id"] for one in json.load(connection.getresponse())["data"]][-3:] == ["glm-4.6:cloud", "code", "chat"]
         assert b"X-Proxy-Upstream: vllm" in done.stdout and b"X-Proxy-Attempts: 2" in done.stdout
     finally:
         process.send_signal(signal.SIGINT)
