@@ -308,6 +308,10 @@ def test_a_key_that_would_travel_in_clear_to_a_public_host_is_warned_about():
     assert [url for url, shown in warned.items() if shown] == ["http://8.8.8.8", "http://gpu.example.com"]
 
 
+def test_quotes_that_docker_leaves_around_a_value_are_no_part_of_it():
+    assert load(PROXY_ALIASES='"a=b; c=d"', PROXY_HOST="'::1'").aliases == {"a": "b", "c": "d"}
+
+
 @pytest.mark.parametrize("name, value, words", [
     ("PROXY_UPSTREAMS", "a=http://h, a=http://i", "two upstreams are called a"), ("PROXY_UPSTREAMS", "a-1=http://h, a_1=http://i", "share PROXY_KEY_A_1"),
     ("PROXY_UPSTREAMS", "http://h:1, http://h:2", "write name=url"), ("PROXY_UPSTREAMS", "a=http://h|http://h", "no copy twice"), ("PROXY_UPSTREAMS", ",", "expected name=url"),
@@ -2049,6 +2053,92 @@ def test_the_models_of_a_dead_upstream_stay_in_the_list_for_ten_minutes(gateway)
     assert names(server) == ["other:1"]
 
 
+def test_a_body_goes_whole_to_whoever_is_asked_for_the_version_after_the_first(gateway):
+    first, second = Lister("a"), Lister("b")
+    first.answer, second.answer = says(404), says(200, b'{"version": "2.0.0"}')
+    server = gateway({"first": first, "second": second})
+    body = b"x" * 3000
+    assert server.get("GET", "/api/version", body)[2] == b'{"version": "2.0.0"}'
+    assert (first.calls[0].body, second.calls[0].body) == (body, body)
+
+
+def test_where_only_openai_upstreams_are_the_version_is_the_proxys_own_and_ollamas_lists_are_a_404(gateway):
+    server = gateway({"one": Lister("a", native=False), "two": Lister("b", native=False)})
+    assert json.loads(server.get("GET", "/api/version")[2]) == {"version": proxy.OWN_VERSION}
+    for method, path, body in ("GET", "/api/tags", None), ("POST", "/api/chat", chat("a")):
+        status, _, said = server.get(method, path, body)
+        assert status == 404 and b"below /v1" in said
+
+
+def test_a_new_model_is_found_though_other_lists_are_asked_all_the_time(gateway):
+    first, second = Lister("a:1"), Lister("b:1")
+    server = gateway({"first": first, "second": second})
+    second.models.append("new:1")
+    for one in server.server.catalogue.upstreams:
+        one.looked_at -= 11
+    for path in "/v1/models", "/api/ps":
+        server.get("GET", path)
+    assert server.get("POST", "/api/chat", chat("new:1"))[1]["X-Proxy-Upstream"] == "second"
+
+
+def test_one_bad_answer_to_a_list_is_no_verdict_for_ever(gateway):
+    local, other = Lister("a:1", native=False), Lister("b:1")
+    server = gateway({"local": local, "other": other})
+    assert server.get("POST", "/api/chat", chat("a:1"))[1]["X-Proxy-Upstream"] == "other"
+    local.native = True
+    for one in server.server.catalogue.upstreams:
+        one.looked_at -= 11
+    assert server.get("POST", "/api/chat", chat("a:1"))[1]["X-Proxy-Upstream"] == "local"
+
+
+def test_an_upstream_that_rests_is_not_asked_for_a_list(gateway):
+    first, second = Lister("a:1"), Lister("b:1")
+    server = gateway({"first": first, "second": second})
+    server.upstream._note(False, "down", 9)
+    listed = len(first.listed)
+    assert names(server) == ["a:1", "b:1"]
+    assert len(first.listed) == listed
+
+
+def test_the_aliases_of_a_single_upstream_are_judged_by_the_list_that_they_are_added_to(serve):
+    script = Lister("a:1")
+    server = serve(PROXY_UPSTREAMS=f"local={place(script)}", PROXY_ALIASES="code=b:1")
+    assert names(server) == ["a:1"]
+    script.models.append("b:1")
+    assert names(server, "/v1/models") == ["a:1", "b:1", "code"]
+    assert json.loads(server.get("GET", "/v1/models/code")[2])["id"] == "code"
+    script.close()
+
+
+@pytest.mark.parametrize("asked", ["c%C3%B3digo", "c\u00c3\u00b3digo"])
+def test_one_model_may_be_asked_for_in_raw_or_escaped_utf_8(gateway, asked):
+    server = gateway({"a": Lister("código"), "b": Lister("x")})
+    assert json.loads(server.get("GET", "/v1/models/" + asked)[2])["id"] == "código"
+
+
+@pytest.mark.parametrize("depth", [300, 900, 985, 2000])
+def test_a_list_that_is_nested_too_deeply_harms_nobody(gateway, depth):
+    odd, good = Lister(), Lister("good:1")
+    odd.play = says(200, b'{"models": [{"name": "deep:1", "x": ' + b"[" * depth + b"]" * depth + b"}]}")
+    status, _, body = gateway({"odd": odd, "good": good}).get("GET", "/api/tags")
+    assert status == 200 and json.loads(body)["models"][-1]["name"] == "good:1"
+
+
+def test_a_copy_is_asked_for_what_the_first_one_fails_though_nobody_lists_it(gateway):
+    copies = [Lister("a:1"), Lister("a:1")]
+    server = gateway({"local": copies, "other": Lister("b:1")})
+    kill(copies[0])
+    server.upstream.pool.prune(0)
+    for path, body in ("/api/chat", chat("new:1")), ("/api/chat", b"{}"):
+        server.upstream._note(True)
+        assert server.get("POST", path, body)[1]["X-Proxy-Attempts"] == "2"
+
+
+def test_a_body_behind_blanks_and_a_type_in_capitals_are_understood(gateway):
+    server = gateway({"a": Lister("a:1"), "b": Lister("b:1")})
+    assert server.get("POST", "/v1/rerank", b" " * 99 + chat("b:1"), Content_Type="Application/JSON")[1]["X-Proxy-Upstream"] == "b"
+
+
 def test_an_empty_list_is_a_list_and_nobodys_trouble(gateway, dead):
     server = gateway({"dead": dead, "local": Lister()})
     for path in "/api/tags", "/v1/models":
@@ -2161,6 +2251,14 @@ def test_whatever_names_a_model_goes_where_that_is(gateway, method, path, body):
     assert server.lines()[0]["model"] == "b:1"
     _, headers, _ = server.get(method, path, json.dumps(body).encode(), Content_Type="application/json")
     assert (headers.get_all("X-Proxy-Model"), headers.get_all("X-Proxy-Attempts")) == (["b:1"], ["1"])
+
+
+def test_a_key_that_is_refused_is_logged_though_another_upstream_helps_out(gateway):
+    first, second = Lister("m:1"), Lister("m:1")
+    first.answer = says(401)
+    server = gateway({"first": first, "second": second}, PROXY_KEY_FIRST="wrong")
+    assert server.get("POST", "/api/chat", chat("m:1"))[0] == 200
+    until(lambda: "upstream first answers 401: it refuses the key, PROXY_KEY_FIRST" in server.log_path.read_text())
 
 
 def test_every_upstream_gets_its_own_key_and_no_other(gateway, dead):
@@ -2351,6 +2449,24 @@ def test_the_next_is_asked_when_one_answers(gateway, status):
     assert (status, headers["X-Proxy-Upstream"], headers["X-Proxy-Attempts"], len(first.calls)) == (200, "second", "2", 1)
 
 
+def test_a_model_that_is_to_stay_local_is_not_helped_out_by_the_cloud(seed):
+    server, local, _, cloud = seed
+    local.answer = says(404)
+    for model in "plain:1:local", "nosuch:local", "gpt-oss:120b:local":
+        assert server.get("POST", "/api/chat", chat(model))[0] == 404
+    assert cloud.calls == []
+
+
+def test_a_terminal_is_told_whom_a_request_went_to(gateway):
+    first, second = Lister("m:1"), Lister("n:1")
+    first.answer = says(404)
+    server = gateway({"first": first, "second": second}, PROXY_LOG_FORMAT="text", PROXY_FALLBACKS="m:1 -> n:1")
+    server.get("POST", "/api/chat", chat("m:1"))
+    until(lambda: "/api/chat m:1 -> second n:1 (2 attempts) 200 ok" in server.log_path.read_text())
+    server.get("POST", "/api/chat", gzip.compress(b"x"), Content_Encoding="gzip")
+    until(lambda: "the body is compressed" in server.log_path.read_text())
+
+
 def test_the_table_of_statuses_is_the_issues():
     assert proxy.TRY_NEXT == {401, 402, 403, 404, 429, 500, 502, 503, 504, 529}
 
@@ -2529,7 +2645,18 @@ def test_no_retry_after_rests_for_more_than_a_week_and_latest_rests_with_its_mod
     assert server.upstream._rests["m"] < time.monotonic() + 605_000
 
 
-@pytest.mark.parametrize("after", ["soon", "-1", "", "9" * 400, "Wed, 21 Oct 2015 07:28:00 GMT", "Fri, 99 Foo 0000", "٣"])
+def test_a_429_for_no_model_rests_nobody_and_what_429s_leave_behind_is_bounded(gateway):
+    first, second = Lister("m:1"), Lister("m:1")
+    first.answer = says(429, b"{}", "Retry-After: 3600")
+    server = gateway({"first": first, "second": second})
+    assert server.get("POST", "/api/web_search", b"{}")[0] == 429
+    assert server.get("POST", "/api/chat", chat("m:1"))[1]["X-Proxy-Attempts"] == "2"
+    for number in range(1100):
+        server.upstream.heed(f"n{number}", "3600")
+    assert len(server.upstream._rests) <= 1000 and len(server.log._complained) < 5
+
+
+@pytest.mark.parametrize("after", ["Oct\x0b Wed, , 07.28", "soon", "-1", "", "9" * 400, "Wed, 21 Oct 2015 07:28:00 GMT", "Fri, 99 Foo 0000", "٣"])
 def test_a_retry_after_that_makes_no_sense_is_none(gateway, after):
     first, second = Lister("m:1"), Lister("m:1")
     first.answer = says(429, b"{}", f"Retry-After: {after}")
@@ -2640,6 +2767,12 @@ def test_too_long_in_the_queue_is_a_503_with_a_retry_after_in_the_dialect_of_the
     assert (line["outcome"], line["attempts"]) == ("refused", []) and line["queue_ms"] >= 100
     held.finish()
     assert server.read(first)[0] == 200
+
+
+def test_the_retry_after_is_no_less_than_the_time_for_which_no_slot_became_free():
+    desk = proxy.Desk(None)
+    desk.limit, desk._typical, desk._left_at = 1, 1.0, time.monotonic() - 120
+    assert desk.wait_expected(1, 99) >= 120
 
 
 def test_the_retry_after_grows_with_the_queue_and_with_how_long_slots_are_held(gateway):
@@ -2804,6 +2937,10 @@ def test_with_several_upstreams_the_first_ollama_of_ones_own_is_managed(gateway)
     server = gateway({"vllm": vllm, "cloud": cloud})
     assert server.get("POST", "/api/pull", b'{"name": "x:1-cloud"}')[1]["X-Proxy-Upstream"] == "cloud"
     assert cloud.calls[-1].body == b'{"name": "x:1"}'
+
+
+def test_what_nobody_can_manage_is_a_404(serve, upstream):
+    assert (serve().get("POST", "/api/pull", b'{"model": "x:local"}')[0], upstream.calls) == (404, [])
 
 
 def test_who_one_is_may_be_asked_without_management(serve, upstream):
@@ -3248,6 +3385,20 @@ def refuses(port):
     return True
 
 
+def test_what_a_client_has_said_before_the_stop_is_answered(server, upstream):
+    upstream.play = lambda call: call.send(STREAM) or call.chunk(b"half") or upstream.go_on.wait(WAIT) and call.chunk(b"rest") or call.send(b"0\r\n\r\n")
+    sock = server.ask("POST", "/api/chat", CHAT)
+    until(lambda: upstream.calls)
+    server.ask("GET", "/-/health", sock=sock)
+    stop = threading.Thread(target=server.server.drain, args=(WAIT,))
+    stop.start()
+    until(lambda: server.server.draining)
+    upstream.go_on.set()
+    data = drain(sock)
+    assert b"half" in data and b"rest" in data and b'{"status": "ok"}' in data
+    stop.join()
+
+
 def test_after_the_drain_what_is_left_is_cut_visibly_and_logged(upstream, tmp_path):
     with running_process(upstream, PROXY_DRAIN="0.2", PROXY_LOG=str(tmp_path / "log")) as (process, ask):
         response = held_stream(upstream, ask)
@@ -3472,6 +3623,14 @@ def test_check_masks_secrets_and_says_what_the_upstream_answers(upstream):
     upstream.play = lambda call: call.send(b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n")
     done = run("check", **environ)
     assert done.returncode == 1 and "the key is refused (401): set OLLAMA_API_KEY" in done.stdout
+
+
+def test_check_knows_of_names_that_no_upstream_lists():
+    script = Lister("a:1")
+    done = run("check", PROXY_UPSTREAMS=f"local={place(script)}", PROXY_ALIASES="x=nosuch:1; y=a:1", PROXY_FALLBACKS="a:1 -> typo; * -> x")
+    script.close()
+    assert [line for line in done.stdout.splitlines() if "warning" in line] == [
+        f"warning: no upstream lists {name}, which PROXY_ALIASES or PROXY_FALLBACKS names" for name in ("nosuch:1", "typo")]
 
 
 def test_check_ends_with_1_when_the_upstream_cannot_be_reached():
