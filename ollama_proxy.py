@@ -285,7 +285,8 @@ class Address(namedtuple("Address", "name scheme host port mount")):
         if "@" in url.netloc or "?" in text or "#" in text:
             raise ValueError("a URL here has no user, password, query or fragment; a key has a variable of its own")
         if url.scheme not in ("http", "https") or not HOST_TEXT.fullmatch(url.hostname or ""):
-            raise ValueError("expected a URL that starts with http:// or https:// and names a host, or name=url, name=url")
+            raise ValueError("expected a URL that starts with http:// or https:// and names a host; "
+                             "several are name=url, name=url")
         try:
             port = url.port if url.port is not None else (443 if url.scheme == "https" else 80)
         except ValueError:
@@ -1238,6 +1239,10 @@ def caller_name(tokens, presented):
     return name
 
 
+EXPOSED = ("Access-Control-Expose-Headers: X-Request-Id, X-Proxy-Upstream, X-Proxy-Model, X-Proxy-Attempts, "
+           "Retry-After\r\n")
+
+
 class Doorman:
     """Who may ask, by token, Host and Origin; made of the settings alone."""
 
@@ -1294,8 +1299,7 @@ class Doorman:
         if not origin or not self.allows_origin(origin):
             return "" if self.any_origin else "Vary: Origin\r\n"
         lines = self.cors_unseen or f"Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n"
-        return lines + ("Access-Control-Expose-Headers: X-Request-Id, X-Proxy-Upstream, X-Proxy-Model, X-Proxy-Attempts, "
-                        "Retry-After\r\n")
+        return lines + EXPOSED
 
 
 def preflight(head):
@@ -1810,15 +1814,19 @@ def finite(text):
     raise ValueError(f"{text} is no number in JSON")
 
 
+# A list of models as its JSON says it: the document, its [(name, entry)], and {model_key(name): name}.
+Listing = namedtuple("Listing", "document entries names")
+
+
 def parse_list(path, body):
-    """The document that a list's JSON is, its [(name, entry)], and {model_key(name): name}; three None if it is none."""
+    """Read a list of models to a Listing; None if it is none."""
     try:
         document = json.loads(body, parse_float=finite, parse_constant=finite)
         json.dumps(reduce(lambda inner, _: [inner], range(100), document))  # what is nested too deeply would fail later
     except (ValueError, RecursionError):
-        return None, None, None
-    listed = entries_of(path, document)
-    return (None, None, None) if listed is None else (document, listed, {model_key(name): name for name, _ in listed})
+        return None
+    entries = entries_of(path, document)
+    return None if entries is None else Listing(document, entries, {model_key(name): name for name, _ in entries})
 
 
 def seconds_until(retry_after):
@@ -2018,19 +2026,18 @@ class Desk:
                 self._forget(caller, turn)
                 raise
             if not isinstance(error, TimeoutError):  # else it came at the last moment
-                self.leave(turn[2])
+                self.leave(turn[2], time.monotonic())
                 raise
         return turn[2]
 
-    def leave(self, copy, began=None):
+    def leave(self, copy, began):
         """Give back a slot that was taken at that time."""
         copy.busy -= 1
         if self.limit == FOR_EVER:
             return
         self._left_at = time.monotonic()
-        if began is not None:
-            held = self._left_at - began
-            self._typical = held if self._typical is None else self._typical + (held - self._typical) / 8
+        held = self._left_at - began
+        self._typical = held if self._typical is None else self._typical + (held - self._typical) / 8
         self.admit(copy)
 
     def admit(self, copy):
@@ -2066,17 +2073,16 @@ class Upstream(urllib.request.BaseHandler):
     RESTS = 1.0, 60.0  # seconds for which it is not asked after it could not be connected to: at first, and at most
 
     def __init__(self, address, settings, carrier, desk=None):
-        self.address, self.key, self.name, self.rank = address, settings.key(address), address.name, 0
+        self.address, self.key, self.name = address, settings.key(address), address.name
         self.key_name = "OLLAMA_API_KEY" if address.is_cloud and address.name not in settings.keys else address.key_name
         self.mask = self.key if len(self.key) >= 12 else ""  # a placeholder is no secret, but may be any word
         self.pool, self.desk, self.busy = Pool(), desk, 0
         self.is_ollama = self.models = None  # whether it has /api; {model_key(name): name}; not known yet
-        self.lists = {}  # by path: (when it came, the document, its [(name, entry)])
+        self.lists = {}  # by path: (when it came, its Listing)
         self.seen_at, self.reachable, self.looked_at = float("-inf"), None, float("-inf")
         self._looks, self.trouble = {}, ""  # by path, whom to tell when it is there; why the last look was in vain
         self._failures, self._rests = 0, {}  # in a row; until when it is not asked: at all (None), or for a model
         self._carrier = carrier
-        self.obey(settings)
         self._template = vars(Ask(f"{address.scheme}://{address.netloc}/"))
         self._own_lines = f"Host: {address.netloc}\r\n" + (f"Authorization: Bearer {self.key}\r\n" if self.key else "")
         self._opener = urllib.request.OpenerDirector()
@@ -2085,8 +2091,9 @@ class Upstream(urllib.request.BaseHandler):
             self._opener.add_handler(urllib.request.ProxyHandler({"https": proxy}))
         self._opener.add_handler(self)
 
-    def obey(self, settings):
-        """Go by these settings from now on."""
+    def obey(self, settings, rank):
+        """Go by these settings from now on; `rank` says how many others are preferred."""
+        self.rank = rank
         self._connect_timeout, self._read_timeout = settings.connect_timeout, settings.read_timeout
 
     def ask(self, method, path, lines, body=b"", upload=None, patience=None):
@@ -2130,6 +2137,11 @@ class Upstream(urllib.request.BaseHandler):
                 raise
 
     https_open = http_open
+
+    def has(self, model):
+        """The name by which to ask it for a model that it lists; None if it does not list it."""
+        name = self.models.get(model_key(model)) if self.models else None
+        return model if name and self.is_ollama else name
 
     def rests(self, model=None):
         """Whether it had better not be asked now, be it for this model only."""
@@ -2177,18 +2189,20 @@ class Upstream(urllib.request.BaseHandler):
         """Ask for a list of models and keep it; raises a Failure. Who has no /api/tags lists them under /v1/models."""
         answer = yield from self.ask("GET", path, LIST_LINES, patience=self._connect_timeout)
         status, body = answer.head.status, (yield from self._whole(answer))
-        document, listed, models = (None, None, None) if status != 200 else (
-            yield from aside(self._carrier, len(body) < LONG, None, parse_list, path, body))
-        if listed is None and path == "/api/tags" and status in (200, 404, 405, 501):
+        listing = None
+        if status == 200:
+            listing = yield from aside(self._carrier, len(body) < LONG, None, parse_list, path, body)
+        if not listing and path == "/api/tags" and status in (200, 404, 405, 501):
             self.is_ollama = False
             return (yield from self.fetch(OPENAI_LIST))
-        if listed is None and status != 404:
+        if not listing and status != 404:
             raise UpstreamLost(f"upstream {self.name} does not list its models: GET {path} gives {status}")
-        self.lists[path] = time.monotonic(), document or {}, listed or []
+        listing = listing or Listing({}, [], {})
+        self.lists[path] = time.monotonic(), listing
         if path == "/api/tags":
             self.is_ollama = True
         if path == ("/api/tags" if self.is_ollama else OPENAI_LIST):
-            self.models = models or {}
+            self.models = listing.names
 
     def _whole(self, answer):
         """Read an answer's body; raises a Failure."""
@@ -2778,16 +2792,14 @@ class Catalogue:
         self.settings, self._carrier, self.upstreams = settings, carrier, []
         desks = {upstream.name: upstream.desk for upstream in old}
         known = {(upstream.address, upstream.key): upstream for upstream in old}
-        for rank, address in enumerate(settings.upstreams):
+        names = [address.name for address in settings.upstreams]
+        for address in settings.upstreams:
             desk = desks.setdefault(address.name, Desk(carrier))
             upstream = known.pop((address, settings.key(address)), None) or Upstream(address, settings, carrier, desk)
-            upstream.obey(settings)
+            upstream.obey(settings, names.index(address.name))
             self.upstreams.append(upstream)
             desk.limit = settings.slots.get(address.name, FOR_EVER)
             desk.admit(upstream)
-        ranks = [upstream.name for upstream in self.upstreams]
-        for upstream in self.upstreams:
-            upstream.rank = ranks.index(upstream.name)
         for upstream in known.values():
             upstream.pool.close()
         self.is_alone = len(self.upstreams) == 1
@@ -2851,18 +2863,18 @@ class Catalogue:
             yield from self.look(path, asked, self.settings.connect_timeout,
                                  lambda: any(path in upstream.lists for upstream in asked))
         oldest = began if path == "/api/ps" else began - self.KEPT
-        lists = [(upstream, *upstream.lists[path]) for upstream in self.upstreams if path in upstream.lists]
-        lists = [(upstream, document, listed) for upstream, when, document, listed in lists if when > oldest]
+        lists = [(upstream, upstream.lists[path][1]) for upstream in self.upstreams
+                 if path in upstream.lists and upstream.lists[path][0] > oldest]
         if not lists:
             return None
-        count = sum(len(listed) for *_, listed in lists)
+        count = sum(len(listing.entries) for _, listing in lists)
         return (yield from aside(self._carrier, count < 100, None, self._merge, path, lists))
 
     def _merge(self, path, lists):
-        """Merge [(upstream, document, [(name, entry)])]. May run in a thread of its own."""
+        """Merge [(upstream, Listing)]. May run in a thread of its own."""
         found, entries = {}, {}
-        for upstream, _, listed in lists:
-            for name, entry in listed:
+        for upstream, listing in lists:
+            for name, entry in listing.entries:
                 entries[upstream, model_key(name)] = entry
                 if upstream.address.is_cloud and not self.is_alone:
                     name = cloud_name(name)
@@ -2873,7 +2885,7 @@ class Catalogue:
                                        for upstream, model in self._able(name, path))), None)
             if entry:
                 found[alias] = renamed(path, entry, alias)
-        document = next((document for _, document, _ in lists if document), {})
+        document = next((listing.document for _, listing in lists if listing.document), {})
         return found, json.dumps({**document, NAME_KEYS[path][0]: [*found.values()]}).encode()
 
     # Whom to ask:
@@ -2891,25 +2903,23 @@ class Catalogue:
         return [*dict.fromkeys(found)]
 
     def unnamed(self, path, again):
-        """The attempts for a body without a model: at the first upstream, and if it can be sent `again` at its copies."""
-        first, *others = self.able(path)
-        return [Attempt(upstream, None) for upstream in (first, *(others if again else ())) if upstream.name == first.name]
+        """The attempts for no model: at the first upstream, and at its copies if the body can be sent `again`."""
+        able = self._able(None, path)
+        return [attempt for attempt in able if attempt.upstream.name == able[0].upstream.name] if again else able[:1]
 
     def manager(self, name, path):
-        """The attempt at the upstream that is managed: the first Ollama of one's own, else the cloud; raises Refused."""
-        able = self._able(self.settings.meant(name), path) if name else [Attempt(each, None) for each in self.able(path)]
+        """The attempt at who is managed: the first Ollama of one's own, else the cloud; raises Refused."""
+        able = self._able(self.settings.meant(name) if name else None, path)
         if not able:
             raise Refused(f"no upstream here can have the model {printable(name)}", 404)
         return [min(able, key=lambda attempt: attempt.upstream.address.is_cloud)]
 
     def candidates(self, name, path):
         """The attempts at upstreams that list a model. A bare name goes to the cloud if nobody else has it."""
-        attempts = [attempt for attempt in self._able(name, path)
-                    if attempt.upstream.models and model_key(attempt.model) in attempt.upstream.models]
-        own = [attempt for attempt in attempts if not attempt.upstream.address.is_cloud]
-        attempts = attempts if split_source(name)[1] else own or attempts
-        return [attempt if attempt.upstream.is_ollama else
-                Attempt(attempt.upstream, attempt.upstream.models[model_key(attempt.model)]) for attempt in attempts]
+        found = [Attempt(upstream, upstream.has(model)) for upstream, model in self._able(name, path)]
+        found = [attempt for attempt in found if attempt.model]
+        own = [attempt for attempt in found if not attempt.upstream.address.is_cloud]
+        return found if split_source(name)[1] else own or found
 
     def _guess(self, name, path, unless_known=False):
         """The attempt at the first that could have a model which nobody lists, e.g. as it was pulled a second ago."""
@@ -2919,8 +2929,8 @@ class Catalogue:
         return [attempt for attempt in able if attempt.upstream.name == able[0].upstream.name]  # with its copies
 
     def _able(self, name, path):
-        """The attempts at all upstreams that could have a model, under the name that it has there."""
-        bare, source = split_source(name)
+        """The attempts at all upstreams that could have a model, under the name that it has there; None is no model."""
+        bare, source = split_source(name) if name else (None, "")
         return [Attempt(upstream, bare if upstream.address.is_cloud or source == "local" else name)
                 for upstream in self.able(path) if source != "local" or not upstream.address.is_cloud]
 
@@ -2961,7 +2971,7 @@ def check_request(head, own_name):
 
 @remembered
 def sender_lines(head, address, trusts, via):
-    """The header lines that tell an upstream whom the request comes from: this `address`, which may speak for others."""
+    """The header lines that say whom a request comes from: this address, which if one `trusts` it speaks for others."""
     chain = head.all("x-forwarded-for") if trusts else ()
     host = trusts and head.get("x-forwarded-host") or head.get("host")
     return (f"Via: 1.1 {via}\r\nX-Forwarded-For: {', '.join((*chain, address))}\r\n"
@@ -3169,7 +3179,7 @@ class Handler:
         If an answer is at hand that was to be bettered, no slot is (None, None).
         """
         (first, model), patience, began = left[0], self.settings.queue_timeout, time.monotonic()
-        copies = [attempt.upstream for attempt in left if attempt.upstream.desk is first.desk and attempt.model == model]
+        copies = [other.upstream for other in left if other.upstream.desk is first.desk and other.model == model]
         try:
             copy = yield from first.desk.wait(self.record.caller or self.record.client, copies, began + patience)
         except TimeoutError:
@@ -3242,7 +3252,8 @@ class Handler:
                           + (f"X-Proxy-Model: {in_a_header(attempt.model)}\r\n" if attempt.model else "")
                           + f"X-Proxy-Attempts: {len(record.attempts)}\r\nX-Accel-Buffering: no\r\n")
         record.upstream, record.model_sent = upstream.name, attempt.model
-        Exchange(self.client, self.settings, keep, record).begin(data, answer, upstream.mask, chunked, self.infers, leave)
+        exchange = Exchange(self.client, self.settings, keep, record)
+        exchange.begin(data, answer, upstream.mask, chunked, self.infers, leave)
 
     def give_version(self):
         """Relay the version of the first upstream that has one; where none has, say one that clients accept."""
@@ -3334,8 +3345,8 @@ class Server(ThreadingHTTPServer):
         self.settings, self.doorman = settings, Doorman(settings)
         self.catalogue = Catalogue(settings, self.carrier, self.catalogue.upstreams if self.catalogue else ())
         if not raise_file_limit(settings.max_connections):
-            self.log.complain("limit", f"too few descriptors for {settings.max_connections} clients and their upstreams "
-                          "(PROXY_MAX_CONNECTIONS): raise the hard limit, LimitNOFILE in a systemd unit")
+            self.log.complain("limit", f"too few descriptors for {settings.max_connections} clients, and for "
+                              "upstreams (PROXY_MAX_CONNECTIONS): raise the hard limit, LimitNOFILE in a systemd unit")
 
     # The carrier's thread:
 
@@ -3361,7 +3372,8 @@ class Server(ThreadingHTTPServer):
                 return False
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):  # keep_house() tries again
-                    self.log.complain("limit", f"no descriptors are left for clients ({error.strerror}): raise LimitNOFILE")
+                    self.log.complain("limit", f"no descriptors for clients are left ({error.strerror}): raise "
+                                      "LimitNOFILE")
                     self._door.watch(0)
                     return False
         return True  # an error of another kind is of a client who has left already
@@ -3374,7 +3386,8 @@ class Server(ThreadingHTTPServer):
             self.clients.add(client)
             client.listen(client.LINGER if self.draining else self.settings.client_timeout)
             return client.hear()
-        self.log.complain("limit", f"over {self.settings.max_connections} clients (PROXY_MAX_CONNECTIONS): some get 503")
+        self.log.complain("limit", f"over {self.settings.max_connections} clients (PROXY_MAX_CONNECTIONS): some "
+                          "get 503")
         body = error_body("", 503, "too many clients are connected to the proxy", None)
         client.send(head_bytes("HTTP/1.1 503 Service Unavailable\r\n", (
             f"{self.doorman.cors_unseen}{JSON_TYPE}Retry-After: 1\r\nConnection: close\r\n"

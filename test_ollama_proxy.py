@@ -2864,7 +2864,7 @@ def test_a_slot_that_comes_as_its_client_leaves_is_given_back():
     desk, copy = proxy.Desk(Carrier()), type("Copy", (), {"busy": 1})
     desk.limit, wait = 1, desk.wait("ann", [copy], 0)
     next(wait)
-    desk.leave(copy)
+    desk.leave(copy, 0)
     assert copy.busy == 1
     with pytest.raises(proxy.ClientLeft):
         wait.throw(proxy.ClientLeft("gone"))
