@@ -1074,14 +1074,14 @@ NAME_LIMIT = 2000  # bytes of a model's name; a longer one is none
 PATIENCE = 500_000  # brackets and strings that are looked at: more, and no name is found
 
 
-def members(body, at=0):
-    """Return {key: (begin, end)} of a JSON object's own members; of a value that is no string it is (0, 0).
+def members(body, keys, at=0):
+    """Return {key: (begin, end)} of those of a JSON object's own members; of what is no string it is (0, 0).
 
     Reads no further than it must: no number, no nesting limit, no copy of a long prompt. What is not JSON
     has no members. `at` is where to begin, if not at its start: at one of its own keys.
 
-    >>> members(b'{"model": "a", "messages": [{"model": "b"}], "n": 1}')
-    {'model': (10, 13), 'messages': (0, 0), 'n': (0, 0)}
+    >>> members(b'{"model": "a", "messages": [{"model": "b"}], "n": 1}', ("model", "messages"))
+    {'model': (10, 13), 'messages': (0, 0)}
     """
     found, depth, key = {}, 1 if at else 0, None
     if not re.match(rb"[ \t\r\n]*\{", body):
@@ -1097,9 +1097,10 @@ def members(body, at=0):
                 return {}
             colon = COLON.match(body, at) if depth == 1 else None
             if colon:
-                key, at = json_string(body[begin:at]), colon.end()
-                found[key] = 0, 0
-            elif depth == 1 and key is not None:
+                key, at = json_string(body[begin:at]) if at - begin < NAME_LIMIT else None, colon.end()
+                if key in keys:
+                    found[key] = 0, 0
+            elif depth == 1 and key in keys:
                 found[key], key = (begin, at), None
         elif mark in b"{[":
             depth, key = depth + 1, None
@@ -1139,7 +1140,7 @@ def named_model(body, keys=("model",)):
     match = MODEL_FIRST.match(body) if is_plain else None
     if match and match[1]:
         return Named(match[1].decode(), match.start(1) - 1, match.end(1) + 1)
-    found = members(body, at if is_plain and len(keys) == 1 else 0)
+    found = members(body, keys, at if is_plain and len(keys) == 1 else 0)
     for begin, end in (found.get(key, (0, 0)) for key in keys):
         name = json_string(body[begin:end]) if end - begin < NAME_LIMIT else None
         if name:
@@ -3116,7 +3117,7 @@ class Handler:
         if self.named:
             self.record.model = self.named.model[:200]
         if self.path == "/embeddings":
-            is_openai = "input" in (yield from aside(carrier, quick, None, members, body))
+            is_openai = "input" in (yield from aside(carrier, quick, None, members, body, ("input",)))
             self.path = "/v1/embeddings" if is_openai else "/api/embeddings"
 
     def relay(self):
@@ -3550,6 +3551,7 @@ def start(settings):
         sys.exit(fail(f"PROXY_LOG={settings.log!r}: {getattr(error, 'strerror', error)}", 2))
     gc.freeze()  # what is loaded stays: the collector need not go through it again and again
     gc.set_threshold(50_000, 20, 50)  # nor look at what a thousand lines leave behind for a moment
+    sys.setswitchinterval(0.0005)  # seconds that the carrier waits for a thread which looks through a long body
     try:
         server = Server(settings, log)
     except OSError as error:
