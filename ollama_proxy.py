@@ -591,7 +591,7 @@ class Sources:
         for source in self.maps:
             for name in names:
                 if source.get(name, "").strip():  # Docker's --env-file leaves quotes around a value
-                    return name, re.sub(r"""(["'])(.*)\1""", r"\2", source[name].strip(), 1)
+                    return name, re.sub(r"""^(["'])(.*)\1$""", r"\2", source[name].strip())
                 if secret and source.get(name + "_FILE", "").strip():
                     return name + "_FILE", self._read(source[name + "_FILE"].strip(), name + "_FILE")
         for name in names if secret and self.credentials else ():
