@@ -3034,8 +3034,8 @@ class Handler:
         record.method = head.method[:40]
         record.id = given_id(head) or record.id
         self.cors = self.doorman.cors(head)
+        check_request(head, self.server.name)  # before there is an upload: such a connection is not kept
         self.upload = Upload(client, head.size, bool(head.version and head.get("expect")), settings.client_timeout)
-        check_request(head, self.server.name)
         target = "/" if (head.method, head.target) == ("OPTIONS", "*") else head.target
         self.target = parse_target(target, settings.prefix)
         self.path, record.path = self.target.path, self.target.shown

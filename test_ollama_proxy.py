@@ -3006,6 +3006,13 @@ def test_a_body_that_nobody_read_never_becomes_a_request(serve, upstream, method
     assert upstream.calls == []
 
 
+@pytest.mark.parametrize("method, target", [("CONNECT", "localhost:1"), ("TRACE", "/api/tags")])
+def test_after_a_method_that_is_not_for_a_proxy_the_connection_ends(server, upstream, method, target):
+    sock = server.ask(method, target, b"")
+    server.ask("GET", "/api/smuggled", sock=sock)
+    assert drain(sock).count(b"HTTP/1.1 ") == 1 and not upstream.calls
+
+
 def test_an_error_can_be_read_although_the_client_is_still_sending(serve):
     server = serve(PROXY_AUTH_TOKEN="tok")
     sock = server.ask("POST", "/api/chat", Content_Length="3000000")
