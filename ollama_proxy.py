@@ -1134,12 +1134,12 @@ def named_model(body, keys=("model",)):
     >>> named_model(b'{"name": "a:1"}', ("model", "name"))
     Named(model='a:1', begin=9, end=14)
     """
-    at = body.rfind(b'"model"')  # which is no part of a string, unless a backslash stands before it
-    is_plain = body.find(b'"model"') == at > 0 and body[at - 1:at] != b"\\" and not (
-        b"\\u006" in body and ESCAPED_MODEL.search(body))
-    match = MODEL_FIRST.match(body) if is_plain else None
-    if match and match[1]:
+    is_escaped = b"\\u006" in body and bool(ESCAPED_MODEL.search(body))
+    match = MODEL_FIRST.match(body)
+    if match and match[1] and not is_escaped and body.find(b'"model"', match.end()) < 0:  # nearly always
         return Named(match[1].decode(), match.start(1) - 1, match.end(1) + 1)
+    at = body.rfind(b'"model"')  # which is no part of a string, unless a backslash stands before it
+    is_plain = body.find(b'"model"') == at > 0 and body[at - 1:at] != b"\\" and not is_escaped
     found = members(body, keys, at if is_plain and len(keys) == 1 else 0)
     for begin, end in (found.get(key, (0, 0)) for key in keys):
         name = json_string(body[begin:end]) if end - begin < NAME_LIMIT else None
@@ -2467,7 +2467,7 @@ class Carrier:
         """Carry, until close()."""
         poll, wires, inbox = self.poll.poll, self.wires, self._inbox
         while not self._closed:
-            ready = poll(0 if inbox else max(0, self.due - time.monotonic()), self.AT_ONCE)
+            ready = poll(0 if inbox else max(0, self.due - self.now), self.AT_ONCE)
             self.now = now = time.monotonic()
             for wire, events in [(wires[fd], events) for fd, events in ready]:
                 act = wire.act
