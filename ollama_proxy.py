@@ -539,7 +539,7 @@ class Settings:
                 yield "FALLBACKS|ALIASES", f"PROXY_FALLBACKS: the chain of {first} has one model twice"
         if len(self.chains) < len(self.fallbacks):
             yield "FALLBACKS|ALIASES", "PROXY_FALLBACKS: two chains are for one model, once by its alias"
-        for name in self.slots.keys() - {address.name for address in self.upstreams}:
+        for name in sorted(self.slots.keys() - {address.name for address in self.upstreams}):
             yield "SLOTS|UPSTREAMS|_URL|OLLAMA_ORIGIN", (
                 f"PROXY_SLOTS: no upstream is called {name}; there is "
                 + ", ".join(dict.fromkeys(address.name for address in self.upstreams)))
