@@ -1069,6 +1069,7 @@ STRUCTURE = re.compile(rb'["{}\[\]]')
 STRING_PART = re.compile(rb'[^"\\]{0,100000}(?:\\.[^"\\]{0,1000}){0,500}', re.S)
 MODEL_FIRST = re.compile(rb'\s*\{\s*"model"\s*:\s*"([ !#-\[\]-~]{0,500})"')
 ESCAPED_MODEL = re.compile(rb"\\u006[45c-fC-F]")  # a letter of the key, as nobody but an attacker writes it
+BLANK_END = re.compile(rb"[ \t\r\n]*\Z")
 COLON = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*")
 NAME_LIMIT = 2000  # bytes of a model's name; a longer one is none
 PATIENCE = 500_000  # brackets and strings that are looked at: more, and no name is found
@@ -1107,7 +1108,7 @@ def members(body, keys, at=0):
         else:
             depth -= 1
             if depth == 0:
-                return found if re.match(rb"[ \t\r\n]*\Z", body[at:at + 100]) else {}
+                return found if BLANK_END.match(body, at) else {}
     return {}
 
 
@@ -1366,7 +1367,8 @@ NAME_KEYS = {"/api/tags": ("models", "name", "model"), "/api/ps": ("models", "na
 def entries_of(path, document):
     """The [(name, entry)] of a list of models; None if this is no such list."""
     where, *names = NAME_KEYS[path]
-    entries = document.get(where) if isinstance(document, dict) else None
+    entries = document.get(where, False) if isinstance(document, dict) else False
+    entries = [] if entries is None else entries  # as an Ollama without models says it
     if not isinstance(entries, list):
         return None
     named = [(entry.get(names[0]), entry) for entry in entries if isinstance(entry, dict)]
@@ -2019,6 +2021,7 @@ class Desk:
     def wait(self, caller, copies, deadline):
         """Wait until one of these copies has a slot, take it, and return the copy; raises TimeoutError."""
         turn = [self._carrier.current, copies, None]
+        self._left_at = self._left_at if self._queue else time.monotonic()  # the time before counts for nobody
         self._queue.setdefault(caller, []).append(turn)
         try:
             yield (deadline,)
@@ -2161,12 +2164,16 @@ class Upstream(urllib.request.BaseHandler):
 
     def look(self, path, seen):
         """Have it asked for a list, or with "" only reached, unless it is already; `seen` is called after that."""
-        if path == "/api/tags":
-            self.looked_at = time.monotonic()
         if path not in self._looks:
+            self.looked_at = time.monotonic() if path == "/api/tags" else self.looked_at
             self._looks[path] = []
             self._carrier.soon(self._carrier.start, self._look(path))
         self._looks[path].append(seen)
+
+    @property
+    def is_asked(self):
+        """Whether it is being asked for the list by which the way to a model is found."""
+        return "/api/tags" in self._looks
 
     def _look(self, path):
         try:
@@ -2214,7 +2221,10 @@ class Upstream(urllib.request.BaseHandler):
                 while not decoder.done:
                     if not wire.ahead:
                         yield deadline, wire, READ
-                        if wire.look() is False and decoder.size != UNTIL_CLOSE:
+                        came = wire.look()
+                        if came is None:  # half a record of TLS
+                            continue
+                        if not came and decoder.size != UNTIL_CLOSE:
                             raise EOFError
                     data, wire.ahead = wire.ahead, b""
                     pieces.append(decoder.feed(data))
@@ -2803,6 +2813,7 @@ class Catalogue:
             desk.admit(upstream)
         for upstream in known.values():
             upstream.pool.close()
+            upstream.desk.admit(upstream)
         self.is_alone = len(self.upstreams) == 1
         if self.is_alone:
             self.attempts = remembered(self.attempts)  # which then depend on no list
@@ -2848,22 +2859,26 @@ class Catalogue:
         """See to it that what is known is new enough to find the way by."""
         now = time.monotonic()
         ages = {upstream: now - upstream.looked_at for upstream in self.upstreams if not upstream.rests()}
+        late = [upstream for upstream, age in ages.items() if (  # who is asked already may not answer at all
+            age < self.PATIENCE and upstream.models is None if upstream.is_asked else age > upstream.FRESH)]
         self._ask("/api/tags", [upstream for upstream, age in ages.items() if age > upstream.FRESH / 2])
-        late = [upstream for upstream, age in ages.items()
-                if age > upstream.FRESH or age < self.PATIENCE and upstream.models is None]
         if late:
             yield from self.look("/api/tags", late, self.PATIENCE)
 
     def union(self, path):
         """Return ({model_key(name): entry}, the list as JSON) over all upstreams and aliases; None if none is known."""
+        def is_known():
+            return any(path in upstream.lists and upstream.lists[path][0] > oldest for upstream in self.upstreams)
+
+        began = time.monotonic()
+        oldest = began if path == "/api/ps" else began - self.KEPT
+        self._ask("/api/tags", [upstream for upstream in self.upstreams if upstream.is_ollama is False and not (
+            upstream.rests() or began - upstream.looked_at < upstream.FRESH / 2)])  # it may have become one
         able = self.able(path)
         asked = [upstream for upstream in able if not upstream.rests()] or able
-        began = time.monotonic()
         yield from self.look(path, asked, self.PATIENCE)
-        if not any(path in upstream.lists for upstream in self.upstreams):  # else it may wait for more
-            yield from self.look(path, asked, self.settings.connect_timeout,
-                                 lambda: any(path in upstream.lists for upstream in asked))
-        oldest = began if path == "/api/ps" else began - self.KEPT
+        if not is_known():  # else who is late does not matter
+            yield from self.look(path, asked, self.settings.connect_timeout, is_known)
         lists = [(upstream, upstream.lists[path][1]) for upstream in self.upstreams
                  if path in upstream.lists and upstream.lists[path][0] > oldest]
         if not lists:
@@ -3428,6 +3443,7 @@ class Server(ThreadingHTTPServer):
     def _close_door(self):
         self.draining = True
         for client in [*self.clients]:
+            client.hear()  # what it has said already is answered
             if client.act == client.hear and client.is_idle:
                 client.close()
         for _ in range(self.request_queue_size // self.AT_ONCE + 1):

@@ -2139,6 +2139,66 @@ def test_a_body_behind_blanks_and_a_type_in_capitals_are_understood(gateway):
     assert server.get("POST", "/v1/rerank", b" " * 99 + chat("b:1"), Content_Type="Application/JSON")[1]["X-Proxy-Upstream"] == "b"
 
 
+def test_an_upstream_that_gives_no_list_delays_no_request_for_good_and_is_not_asked_all_the_time(gateway):
+    good, silent, broken = Lister("a:1"), Lister(), Lister()
+    silent.lists_go.clear()
+    broken.play = says(500)
+    server = gateway({"good": good, "silent": silent, "broken": broken}, wait=False)
+    until(lambda: server.upstream.models and broken.calls)
+    server.get("POST", "/api/chat", chat("a:1"))
+    for one in server.server.catalogue.upstreams[1:]:
+        one.looked_at -= 0.4
+    began, asked = time.monotonic(), len(broken.calls)
+    for _ in range(10):
+        server.get("POST", "/api/chat", chat("a:1"))
+    assert time.monotonic() - began < 1 and len(broken.calls) == asked
+
+
+def test_running_models_that_all_upstreams_are_slow_to_tell_are_waited_for_each_time(gateway, monkeypatch):
+    monkeypatch.setattr(proxy.Catalogue, "PATIENCE", 0.01)
+    scripts = [Lister("a:1"), Lister("b:1")]
+    for script in scripts:
+        script.answer = lambda call: scripts[0].go_on.wait(WAIT) and call.send(answer(200, b'{"models": [{"name": "a:1"}]}'))
+    server = gateway(dict(zip("ab", scripts)))
+    for _ in range(2):
+        sock = server.ask("GET", "/api/ps")
+        until(lambda: len(server.upstream._looks.get("/api/ps", ())) == 2)
+        scripts[0].go_on.set()
+        assert server.read(sock)[0] == 200
+        scripts[0].go_on.clear()
+
+
+def test_who_has_become_an_ollama_is_one_for_lists_too(gateway):
+    local, vllm = Lister("a:1", native=False), Lister("q", native=False)
+    server = gateway({"local": local, "vllm": vllm})
+    local.native = True
+    for one in server.server.catalogue.upstreams:
+        one.looked_at -= 6
+    server.get("GET", "/v1/models")
+    until(lambda: server.upstream.is_ollama)
+    assert names(server) == ["a:1"]
+
+
+def test_an_ollama_without_models_says_null(gateway):
+    empty = Lister()
+    empty.play = lambda call: call.send(answer(200, b'{"models": [], "object": "list", "data": null}'))
+    assert names(gateway({"empty": empty, "other": Lister("b:1")}), "/v1/models") == ["b:1"]
+
+
+def test_a_list_over_tls_without_a_length_is_read_to_its_end(serve, tls_upstream, trusting):
+    listed = json.dumps({"models": [Lister.entry(f"m{number}:1") for number in range(400)]}).encode()
+
+    def play(call):
+        call.send(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+        for at in range(0, len(listed), 16384):
+            call.send(listed[at:at + 16384])
+        call.sock.unwrap()
+        return "close"
+    tls_upstream.play = play
+    server = serve(PROXY_UPSTREAMS=f"local=https://localhost:{tls_upstream.port}", PROXY_ALIASES="x=m399:1")
+    assert len(names(server)) == 401
+
+
 def test_an_empty_list_is_a_list_and_nobodys_trouble(gateway, dead):
     server = gateway({"dead": dead, "local": Lister()})
     for path in "/api/tags", "/v1/models":
@@ -2376,7 +2436,7 @@ def test_the_way_to_one_of_a_thousand_models_on_five_upstreams_is_found_in_no_ti
 
 @pytest.mark.parametrize("body, model", [
     (b'{"a": "\\\\", "model": "x"}', "x"), (b'{"a": "b\\"model\": \"x\"}', None), (b'{"model": "a", "x": {"model": "b"}}', "a"), (b'{"x": {"model": "b"}}', None),
-    (b'{"model": "a", "model": "b", "stream": true, "o": {"include_usage": true}, "n": -1.5e3 }\n', "b"), (b'[{"model": "b"}]', None), (b'[1, {"model": "b"}', None),
+    (b'{"model": "a", "model": "b", "stream": true, "o": {"include_usage": true}, "n": -1.5e3 }\n', "b"), (b'[{"model": "b"}]', None), (b'[1, {"model": "b"}', None), (b'{"options": {"model": "b"}' + b" " * 100 + b"}", None),
     (b'{"x": "a\\", \\"model\\": \\"b\\"}"}', None), (b'{"model": "a", "mod\\u0065l": "b"}', "b"), (b'{"model": "a", "x": "}", "model": ""}', None)])
 def test_a_model_at_the_end_of_a_body_is_no_other_than_the_one_that_a_parser_finds(body, model):
     named = proxy.named_model(body)
@@ -2769,6 +2829,16 @@ def test_too_long_in_the_queue_is_a_503_with_a_retry_after_in_the_dialect_of_the
     assert server.read(first)[0] == 200
 
 
+def test_the_time_for_which_nobody_waited_says_nothing_about_how_long_one_will(gateway):
+    class Carrier:
+        current = proxy.Task(None, None)
+
+    desk = proxy.Desk(Carrier())
+    desk.limit, desk._typical, desk._left_at = 1, 1.0, time.monotonic() - 3600
+    next(desk.wait("ann", [type("Copy", (), {"busy": 1})], 0))
+    assert desk.wait_expected(1, 99) < 10
+
+
 def test_the_retry_after_is_no_less_than_the_time_for_which_no_slot_became_free():
     desk = proxy.Desk(None)
     desk.limit, desk._typical, desk._left_at = 1, 1.0, time.monotonic() - 120
@@ -2807,6 +2877,19 @@ def test_a_slot_is_free_once_the_answer_has_come_though_the_client_does_not_take
     until(lambda: script.calls)
     assert server.read(sock)[0] == 200
     until(lambda: server.upstream.busy == 0)
+
+
+def test_a_bug_while_an_answer_is_carried_costs_no_slot(gateway, monkeypatch):
+    script = Lister("m:1")
+    script.answer = lambda call: call.send(STREAM) or call.chunk(b"one") or script.go_on.wait(WAIT) and call.chunk(b"two")
+    server = gateway({"local": script, "other": Lister()}, PROXY_SLOTS="local=1")
+    sock = server.ask("POST", "/api/chat", chat("m:1"))
+    while b"one" not in sock.recv(65536):
+        pass
+    monkeypatch.setattr(proxy.Exchange, "_take", lambda exchange, data: {}["bug"])
+    script.go_on.set()
+    until(lambda: server.upstream.busy == 0)
+    assert "the carrier dropped a connection" in server.log_path.read_text() or until(lambda: "dropped" in server.log_path.read_text()) is None
 
 
 def test_a_full_upstream_is_passed_over_if_a_later_one_has_a_slot_and_else_the_first_is_waited_for(gateway):
@@ -2914,6 +2997,19 @@ def test_a_reload_keeps_who_is_in_flight_and_who_waits_and_obeys_the_new_number(
         held.finish()
     assert [server.read(sock)[0] for sock in socks] == [200] * 3 and held.most == 2
     until(lambda: server.upstream.busy == 0)
+
+
+def test_who_waits_for_an_upstream_that_a_reload_replaces_goes_on_when_slots_are_taken_away(gateway):
+    held = Held("m:1")
+    server = gateway({"local": held, "other": Lister()}, PROXY_SLOTS="local=1")
+    socks = [server.ask("POST", "/api/chat", chat("m:1")) for _ in range(2)]
+    queued(server, 1)
+    server.server.reload({"PROXY_ENV_FILE": os.devnull, "PROXY_UPSTREAMS": f"local={place(held)}, other=http://127.0.0.1:9", "PROXY_KEY_LOCAL": "new",
+                          "PROXY_PORT": str(server.server.server_address[1]), "PROXY_LOG": str(server.log_path)})
+    until(lambda: len(held.calls) == 2)
+    for sock in socks:
+        held.finish()
+    assert [server.read(sock)[0] for sock in socks] == [200, 200]
 
 
 # ---- Management -------------------------------------------------------------
@@ -3404,6 +3500,20 @@ def test_what_a_client_has_said_before_the_stop_is_answered(server, upstream):
     data = drain(sock)
     assert b"half" in data and b"rest" in data and b'{"status": "ok"}' in data
     stop.join()
+
+
+def test_what_has_come_but_was_not_read_at_the_stop_is_answered(server, upstream):
+    socks = [server.connect() for _ in range(20)]
+    for sock in socks:
+        assert server.get("GET", "/-/health", sock=sock)[0] == 200
+    stopped, go_on = threading.Event(), threading.Event()
+    server.server.carrier.call(lambda: (stopped.set(), go_on.wait(WAIT)))
+    assert stopped.wait(WAIT)
+    for sock in socks:
+        server.ask("GET", "/-/health", sock=sock)
+    server.server.carrier.call(server.server._close_door)
+    go_on.set()
+    assert [server.read(sock)[0] for sock in socks] == [200] * 20
 
 
 def test_after_the_drain_what_is_left_is_cut_visibly_and_logged(upstream, tmp_path):
