@@ -3508,7 +3508,7 @@ class Echo(BaseHTTPRequestHandler):
         if not dialect or dialect == self.native and not self.server.is_ollama:
             return self.do_GET()
         self.model = {"model": asked.get("model", self.server.models[0])}
-        if self.model["model"] not in self.server.models:
+        if model_key(str(self.model["model"])) not in map(model_key, self.server.models):
             return self.send(404, [json.dumps({"error": f"model {self.model['model']!r} not found"})])
         whole, events = dialect(said, re.findall(r"\S*\s*", said)[:-1])
         if asked.get("stream", dialect == self.native):
