@@ -672,7 +672,6 @@ CRLF = b"\r\n"
 CHUNKED, UNTIL_CLOSE = -1, -2  # sizes of a body that does not say how long it is
 
 
-
 class Head:
     """A message's head: its start line, and its fields as they came, in order and with repeats.
 
@@ -1338,6 +1337,7 @@ def is_trusted(address, trusted):
 #
 # What models are called elsewhere, and the lists of them.
 
+
 def cloud_name(name):
     """What a model of the cloud is called where there are others.
 
@@ -1373,6 +1373,15 @@ def entries_of(path, document):
         return None
     named = [(entry.get(names[0]), entry) for entry in entries if isinstance(entry, dict)]
     return [(name, entry) for name, entry in named if isinstance(name, str) and name.strip()]
+
+
+def model_asked_for(path):
+    """The NAME of /v1/models/NAME; None if it is another path.
+
+    >>> model_asked_for("/v1/models/org%2Fb:1"), model_asked_for("/v1/models")
+    ('org/b:1', None)
+    """
+    return decoded(path[len(OPENAI_LIST) + 1:]) if path.startswith(OPENAI_LIST + "/") else None
 
 
 def renamed(path, entry, name):
@@ -2294,8 +2303,8 @@ class Upstream(urllib.request.BaseHandler):
             return answer if whole else answer._replace(pool=None)  # else the next request would become its body
         except (OSError, EOFError) as error:
             if isinstance(error, TimeoutError) and not error.errno:  # the system's own have a number
-                raise Silent(f"upstream {self.name} was silent for {ask.patience:g} seconds "
-                             "(PROXY_READ_TIMEOUT)") from None
+                setting = " (PROXY_READ_TIMEOUT)" if ask.patience == self._read_timeout else ""
+                raise Silent(f"upstream {self.name} was silent for {ask.patience:g} seconds{setting}") from None
             words = getattr(error, "strerror", None) or str(error)
             raise UpstreamLost(f"upstream {self.name} broke off before its answer: {words}") from error
 
@@ -2345,8 +2354,9 @@ class Upstream(urllib.request.BaseHandler):
 # ---- Carrier ----------------------------------------------------------------
 #
 # One thread does all that waits. A Task decides: what to ask, and what to answer.
-# From the moment the head of an answer is known, an Exchange carries it. Both have
-# a deadline, and expire() and stop() for when it has passed, or the proxy ends.
+# From the moment the head of an answer is known, an Exchange carries it. Between
+# two requests a Client waits by itself. All three have a deadline, and expire()
+# and stop() for when it has passed, or the proxy ends.
 
 
 class Poll(selectors.DefaultSelector):
@@ -2437,7 +2447,7 @@ class Carrier:
         self.buffer = memoryview(bytearray(PIECE))
         self.now = self.due = time.monotonic()  # when deadlines are looked at next
         self._inbox, self._closed = deque(), False
-        self.waiting = set()  # tasks and exchanges: whatever has a deadline
+        self.waiting = set()  # tasks, exchanges, clients: whatever has a deadline
         self.keep_house = lambda: None  # what else is to be done at each look
         ring, bell = socket.socketpair()
         self._ring, self._bell = Wire(ring, self), Wire(bell, self)
@@ -2996,7 +3006,7 @@ def sender_lines(head, address, trusts, via):
 
 
 class Handler:
-    """What is done for one request, until an exchange takes over: made by socketserver, done by a task."""
+    """What is done for one request, until an exchange takes over: made when a client speaks, done by a task."""
 
     STRANGERS_BODY = 64 * 1024  # bytes that go up for a client without a token
     OWN_PAGES = {"/": (200, b"Ollama is running", "Content-Type: text/plain; charset=utf-8\r\n"),
@@ -3092,7 +3102,7 @@ class Handler:
     def list_page(self):
         """Return (status, body, header lines, outcome) of a list over all upstreams, None if one alone can tell."""
         path, aliases, alone = self.path, self.settings.aliases, self.catalogue.is_alone
-        name = decoded(path[len(OPENAI_LIST) + 1:]) if path.startswith(OPENAI_LIST + "/") else None
+        name = model_asked_for(path)
         path = path if name is None else OPENAI_LIST
         if path not in NAME_KEYS:
             return None
@@ -3116,11 +3126,7 @@ class Handler:
     def hold_body(self):
         """Read the body if it may name a model, and look for the name."""
         head, settings, carrier = self.head, self.settings, self.server.carrier
-        is_json = head.method == "POST" and not self.target.manages and "json" in head.get("content-type").lower()
-        is_json = is_json and (settings.aliases or not self.catalogue.is_alone)
-        may_go_twice = self.path == "/api/version"
-        if not (self.infers or self.is_stranger or is_json or may_go_twice or self.path in NAMING and head.method in (
-                "POST", "DELETE")):
+        if not (self.infers or self.is_stranger or self.names_a_model()):
             return
         body = self.body = yield from self.upload.whole(self.STRANGERS_BODY if self.is_stranger else settings.max_body)
         if head.get("content-encoding").lower() not in ("", "identity"):
@@ -3134,6 +3140,14 @@ class Handler:
         if self.path == "/embeddings":
             is_openai = "input" in (yield from aside(carrier, quick, None, members, body, ("input",)))
             self.path = "/v1/embeddings" if is_openai else "/api/embeddings"
+
+    def names_a_model(self):
+        """Whether the body of what is no inference call is held all the same: for a name, or to be sent again."""
+        head, path = self.head, self.path
+        if path == "/api/version" or path in NAMING and head.method in ("POST", "DELETE"):
+            return True
+        is_json = head.method == "POST" and not self.target.manages and "json" in head.get("content-type").lower()
+        return is_json and bool(self.settings.aliases or not self.catalogue.is_alone)
 
     def relay(self):
         """Ask whoever can answer, one after the other, and send an answer on its way to the client."""
@@ -3170,13 +3184,13 @@ class Handler:
         catalogue, path, name = self.catalogue, self.path, self.named and self.named.model
         if self.target.manages:
             return catalogue.manager(name, path)
-        if not name and not path.startswith(OPENAI_LIST + "/"):
-            return catalogue.unnamed(path, self.body is not None)
-        if not path.startswith(OPENAI_LIST + "/"):
+        asked = model_asked_for(path)
+        if asked is None and name:
             return catalogue.attempts(name, path, path not in NAMING)
-        name = decoded(path[len(OPENAI_LIST) + 1:])
-        upstream, model = catalogue.attempts(name, path)[0]
-        self.path = path if model == name else f"{OPENAI_LIST}/{quote(model)}"
+        if asked is None:
+            return catalogue.unnamed(path, self.body is not None)
+        upstream, model = catalogue.attempts(asked, path)[0]
+        self.path = path if model == asked else f"{OPENAI_LIST}/{quote(model)}"
         return [Attempt(upstream, None)]
 
     def slot(self, left):

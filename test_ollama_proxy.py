@@ -2261,7 +2261,8 @@ def test_a_single_upstreams_refusal_to_list_passes_too(serve, upstream):
 def test_a_single_cloud_is_asked_by_its_own_names_without_ever_being_asked_for_a_list(serve, upstream, asked, sent):
     server = serve(PROXY_ALIASES="mine=glm-4.6:cloud")
     _, headers, _ = server.get("POST", "/api/chat", chat(asked))
-    server.get("GET", f"/v1/models/{asked}") if asked[:4] != "mine" else None
+    if asked[:4] != "mine":
+        server.get("GET", f"/v1/models/{asked}")
     assert json.loads(upstream.calls[0].body)["model"] == headers["X-Proxy-Model"] == sent
     assert [call.path for call in upstream.calls[1:]] in ([], [f"/v1/models/{asked if asked == sent else sent.replace(':', '%3A')}"])
     line = server.lines()[0]
@@ -2894,7 +2895,7 @@ def test_a_bug_while_an_answer_is_carried_costs_no_slot(gateway, monkeypatch):
     monkeypatch.setattr(proxy.Exchange, "_take", lambda exchange, data: {}["bug"])
     script.go_on.set()
     until(lambda: server.upstream.busy == 0)
-    assert "the carrier dropped a connection" in server.log_path.read_text() or until(lambda: "dropped" in server.log_path.read_text()) is None
+    until(lambda: "the carrier dropped a connection" in server.log_path.read_text())
 
 
 def test_a_full_upstream_is_passed_over_if_a_later_one_has_a_slot_and_else_the_first_is_waited_for(gateway):
